@@ -1,0 +1,299 @@
+"""ASCEND, the paper's ASymmetriC ENcoder Decoder (arXiv 2212.13771, Sec. 5): hierarchical like a U-Net, with a
+strong Swin Transformer encoder (Liu et al., arXiv 2103.14030) and a light decoder of ADM's convolutional blocks.
+
+    x (3, 32, 32) -> conv -> [Swin Swin down] -> [Swin+Attn Swin+Attn down] -> ... -> Res, Attn, Res      encoder, middle
+                       |          |   |   |           |          |       |                 |
+                       +---- every output of the encoder is a skip ------+    concatenated in reverse order
+                       |          |   |   |           |          |       |                 v
+    eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res up] <- [Res+Attn x 3, up] <- ... <-+              decoder
+
+Time (and class) enter every Swin layer, and every ResBlock, as scale and shift of its norms.
+Against unet.py: Swin blocks in place of the encoder's ResBlocks, and convolutions that change the resolution.
+Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+def timestep_embedding(t, dim):
+    """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
+
+    The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
+    frequencies 1 .. 1e-4 were chosen. It is applied here and nowhere else."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = 1000 * t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zero_init(module):
+    """Start a residual branch, or the output, at exactly zero: the network begins as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def relative_index(w):
+    """(w*w, w*w) int64: for a query and a key in one window, which of the (2w-1)^2 relative positions they have."""
+    y, x = torch.meshgrid(torch.arange(w), torch.arange(w), indexing="ij")
+    dy, dx = (p.flatten()[:, None] - p.flatten()[None, :] + w - 1 for p in (y, x))
+    return dy * (2 * w - 1) + dx
+
+
+def shift_mask(size, w, shift):
+    """(windows, w*w, w*w) float: 0 where two positions of a shifted window are neighbours in the picture, -inf
+    where the cyclic shift has only brought them together from opposite sides (Swin, Fig. 4)."""
+    region = torch.zeros(size)                                          # along one axis, after rolling by -shift:
+    region[size - w:] = 1                                               #   the last window holds positions from its
+    region[size - shift:] = 2                                           #   own end, and ones wrapped from the start
+    regions = rearrange(region[:, None] * 3 + region, "(a w) (b v) -> (a b) (w v)", w=w, v=w)
+    return torch.zeros(()).where(regions[:, :, None] == regions[:, None, :], -math.inf)
+
+
+class WindowAttention(nn.Module):
+    """Self-attention within windows of w x w positions, with a learned bias for each relative position.
+
+    With shift, the windows lie w/2 further right and down, so that what two plain windows know can meet.
+    The windows of one picture stand beside the heads, (windows * heads), so that one attention call with
+    one bias does them all."""
+
+    def __init__(self, dim, head_dim, size, window, shift):
+        super().__init__()
+        self.heads, self.w, self.shift = dim // head_dim, window, shift
+        self.windows = size // window                                   # along one side
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.bias = nn.Parameter(nn.init.trunc_normal_(torch.zeros((2 * window - 1)**2, self.heads), std=0.02))
+        self.register_buffer("index", relative_index(window), persistent=False)
+        self.register_buffer("mask", shift_mask(size, window, shift) if shift else None, persistent=False)
+
+    def forward(self, x):                                               # (B, H, W, C)
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+        q, k, v = rearrange(self.qkv(x), "B (a w) (b v) (K heads d) -> K B (a b heads) (w v) d",
+                            K=3, w=self.w, v=self.w, heads=self.heads)
+        bias = self.bias[self.index].permute(2, 0, 1)[None]             # (1, heads, w*w, w*w)
+        bias = bias.expand(self.windows**2, -1, -1, -1) if self.mask is None else bias + self.mask[:, None]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1).to(q.dtype))
+        x = rearrange(x, "B (a b heads) (w v) d -> B (a w) (b v) (heads d)",
+                      a=self.windows, b=self.windows, w=self.w, heads=self.heads)
+        x = self.proj(x)
+        return x.roll((self.shift, self.shift), dims=(1, 2)) if self.shift else x
+
+
+class SwinLayer(nn.Module):
+    """Pre-norm Transformer layer on a map, attention in windows. Time enters as scale and shift of both norms
+    (adaptive layer norm; assumed, the paper does not say how)."""
+
+    def __init__(self, dim, head_dim, size, window, shift, emb_dim, dropout):
+        super().__init__()
+        self.emb = nn.Linear(emb_dim, 4 * dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, head_dim, size, window, shift)
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x, emb):                                          # x (B, H, W, C), emb (B, E)
+        scale1, shift1, scale2, shift2 = self.emb(F.silu(emb))[:, None, None].chunk(4, dim=-1)
+        x = x + self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        h = F.gelu(self.fc1(self.norm2(x) * (1 + scale2) + shift2))
+        return x + self.fc2(self.dropout(h))
+
+
+class SwinBlock(nn.Module):
+    """Two Swin layers, the second with shifted windows (paper, Sec. 5). One window as large as the map does not
+    shift. A 1x1 convolution, where the width changes, comes first."""
+
+    def __init__(self, in_channels, out_channels, head_dim, size, window, emb_dim, dropout):
+        super().__init__()
+        w = min(window, size)
+        assert size % w == 0, f"a {size}x{size} map does not divide into windows of {w}: choose another window or img_size"
+        assert out_channels % head_dim == 0, f"{out_channels} channels do not divide into heads of {head_dim}"
+        self.out_channels = out_channels
+        self.widen = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.plain = SwinLayer(out_channels, head_dim, size, w, 0, emb_dim, dropout)
+        self.shifted = SwinLayer(out_channels, head_dim, size, w, w // 2 if w < size else 0, emb_dim, dropout)
+
+    def forward(self, x, emb):                                          # x (B, C, H, W), emb (B, E)
+        x = rearrange(self.widen(x), "B C H W -> B H W C")
+        x = self.shifted(self.plain(x, emb), emb)
+        return rearrange(x, "B H W C -> B C H W")
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block: two convolutions; time enters as scale and shift between them.
+
+    resample: None, 'down' (average pool) or 'up' (nearest) inside the block, between norm and first
+    convolution, on both branches (BigGAN's way of changing resolution)."""
+
+    def __init__(self, in_channels, out_channels, emb_dim, dropout=0.0, resample=None):
+        super().__init__()
+        self.out_channels = out_channels
+        self.norm1 = nn.GroupNorm(32, in_channels)
+        self.resize = dict(up=nn.Upsample(scale_factor=2), down=nn.AvgPool2d(2)).get(resample, nn.Identity())
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(32, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x, emb):                                          # x (B, C, H, W), emb (B, E)
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(self.resize(x)) + h
+
+
+class SpatialAttention(nn.Module):
+    """Global self-attention between all positions of a feature map, heads of `head_dim` channels."""
+
+    def __init__(self, channels, head_dim):
+        super().__init__()
+        assert channels % head_dim == 0, f"{channels} channels do not divide into heads of {head_dim}"
+        self.out_channels = channels
+        self.head_dim = head_dim
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):                                               # (B, C, H, W)
+        H = x.shape[2]
+        qkv = self.qkv(self.norm(x))
+        q, k, v = rearrange(qkv, "B (K heads d) H W -> K B heads (H W) d", K=3, d=self.head_dim)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(rearrange(h, "B heads (H W) d -> B (heads d) H W", H=H))
+
+
+class Downsample(nn.Conv2d):
+    """DDPM's down-sampling: a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """DDPM's up-sampling: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.out_channels = channels
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+class Layer(nn.Sequential):
+    """A few modules in a row, of which the Swin and ResBlocks also read the embedding."""
+
+    def forward(self, x, emb):
+        for module in self:
+            x = module(x, emb) if isinstance(module, (SwinBlock, ResBlock)) else module(x)
+        return x
+
+    @property
+    def out_channels(self):
+        return self[-1].out_channels
+
+
+class ASCEND(nn.Module):
+    """ASCEND. Defaults: a CIFAR-10 model of the size of the paper's others (PARAMS parameters); width, depth and
+    places of global attention are assumed, the paper's table of settings is not legible to us.
+
+    Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
+    not divide into windows."""
+
+    def __init__(self,
+                 img_size=32,               # pixels a side
+                 channels=3,                # image channels
+                 dim=128,                   # base width
+                 dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each level halves the map
+                 num_blocks=2,              # Swin blocks a level (the decoder has one ResBlock more)
+                 attn_sizes=(16, 8),        # map sizes, in pixels, at which global attention follows each block
+                 head_dim=64,               # channels per attention head
+                 window=8,                  # side of a window; smaller maps are one window
+                 dropout=0.1,
+                 num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
+        super().__init__()
+        levels = len(dim_mults)
+        assert img_size % 2 ** (levels - 1) == 0, \
+            f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
+        E = 4 * dim
+
+        def swin(in_channels, out_channels, size):
+            return SwinBlock(in_channels, out_channels, head_dim, size, window, E, dropout)
+
+        def res(in_channels, out_channels):
+            return ResBlock(in_channels, out_channels, E, dropout)
+
+        def attention(channels, size):                  # zero or one attention, as a list
+            return [SpatialAttention(channels, head_dim)] if size in attn_sizes else []
+
+        # embeddings
+        self.dim = dim
+        self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
+        self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
+
+        # encoder
+        size, C = img_size, dim
+        self.encoder = nn.ModuleList([Layer(nn.Conv2d(channels, dim, 3, padding=1))])
+        for level, mult in enumerate(dim_mults):
+            for _ in range(num_blocks):
+                self.encoder.append(Layer(swin(C, mult * dim, size), *attention(mult * dim, size)))
+                C = mult * dim
+            if level < levels - 1:
+                self.encoder.append(Layer(Downsample(C)))
+                size //= 2
+
+        # middle
+        self.middle = Layer(res(C, C), SpatialAttention(C, head_dim), res(C, C))
+
+        # decoder: one layer for each skip, whose width is read off the encoder
+        skips = [layer.out_channels for layer in self.encoder]
+        self.decoder = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(dim_mults))):
+            for i in range(num_blocks + 1):
+                layer = [res(C + skips.pop(), mult * dim), *attention(mult * dim, size)]
+                C = mult * dim
+                if level > 0 and i == num_blocks:
+                    layer.append(Upsample(C))
+                    size *= 2
+                self.decoder.append(Layer(*layer))
+
+        # head: starts at zero, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1
+        self.norm = nn.GroupNorm(32, C)
+        self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
+
+    def forward(self, x, t, y=None):
+        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1], y (B,) int64 class or None -> (B, C, H, W)."""
+        assert (y is None) == (self.class_embed is None), "y is given if and only if the model has classes"
+        emb = self.time_embed(timestep_embedding(t, self.dim))          # (B, E)
+        if y is not None:
+            emb = emb + self.class_embed(y)                             # (B, E)
+
+        h, skips = x, []                                                # (B, 3, H, W)
+        for layer in self.encoder:
+            h = layer(h, emb)                                           # (B, mult * dim, H / 2^level, W / 2^level)
+            skips.append(h)
+        h = self.middle(h, emb)                                         # (B, C, H / 2^(levels-1), ...)
+        for layer in self.decoder:
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb)          # back up, level by level
+        assert not skips                                                # every skip was used, once
+        return self.head(F.silu(self.norm(h)))                          # (B, 3, H, W)
+
+
+if __name__ == "__main__":
+    net = ASCEND()
+    for name, module in net.named_modules():
+        if name.count(".") == 1 and name.split(".")[0] in ("encoder", "decoder"):
+            module.register_forward_hook(lambda m, i, o, name=name: print(f"{name:12} {tuple(o.shape)}"))
+    print("output      ", tuple(net(torch.randn(1, 3, 32, 32), torch.rand(1)).shape))
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters")

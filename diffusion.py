@@ -1,0 +1,242 @@
+"""Gaussian diffusion in continuous time: schedules, the loss, guidance, time grids, three samplers.
+
+    forward    x_t = alpha(t) x_0 + sigma(t) eps,   eps ~ N(0, I),   alpha^2 + sigma^2 = 1          (Eq. 1)
+    learn      net(x_t, t, y) ~ eps   (or v = alpha eps - sigma x_0)                                (Eq. 4)
+    sample     start at x ~ N(0, I), t = t_max; walk t down to 0 with denoise(x, t) ~ E[x_0 | x_t]  (Eq. 2-3)
+
+Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1]; the paper's T = 1000 steps are
+t = 1/1000 .. 1. This file never knows which network it has: any f(x, t, y) of the right shape will do.
+"""
+import math
+import os
+
+import torch
+
+
+# ---- schedules ---------------------------------------------------------------------------------------
+# A schedule is alpha(t), sigma(t) and lam(t) = log(alpha / sigma), half the log signal-to-noise ratio,
+# for t a Python float or a tensor of any shape. Python floats are float64 everywhere, also on devices
+# that have no float64 tensors; samplers only use those.
+
+def library(t):
+    return torch if torch.is_tensor(t) else math        # both have exp, expm1, log, sqrt, sin and cos
+
+
+class Linear:
+    """DDPM's schedule, beta rising linearly from 0.1 to 20 per unit of t (1e-4 to 0.02 per step of T = 1000).
+
+    alpha(t) = exp(-1/2 integral_0^t beta) (Song et al., arXiv 2011.13456, Eq. 29). The paper's choice for IU-ViT."""
+    b0, b1 = 0.1, 20.0
+    t_max = 1.0                                         # lam = -5.02, already as good as pure noise
+
+    def integral(self, t):
+        return self.b0 * t + (self.b1 - self.b0) * t * t / 2
+
+    def alpha(self, t):
+        return library(t).exp(-self.integral(t) / 2)
+
+    def sigma(self, t):
+        return library(t).sqrt(-library(t).expm1(-self.integral(t)))    # expm1: no cancellation near t = 0
+
+    def lam(self, t):
+        return library(t).log(self.alpha(t) / self.sigma(t))
+
+    def t_of_lam(self, lam):
+        L = math.log1p(math.exp(-2 * lam))              # = integral(t), solved for t below
+        return 2 * L / (self.b0 + math.sqrt(self.b0**2 + 2 * (self.b1 - self.b0) * L))
+
+
+class Cosine:
+    """Nichol & Dhariwal's schedule (arXiv 2102.09672, Eq. 17). The paper's choice for ASCEND.
+
+    alpha(t) = cos(a) / cos(a_0), a = (t + s) / (1 + s) * pi / 2, s = 0.008."""
+    s = 0.008
+    t_max = 0.99997                                     # alpha^2 = 2e-9: at t = 1 alpha is 0 and x_0 lost for good
+
+    def angle(self, t):
+        return (t + self.s) / (1 + self.s) * math.pi / 2
+
+    def alpha(self, t):
+        return library(t).cos(self.angle(t)) / math.cos(self.angle(0))
+
+    def sigma(self, t):                                 # cos^2 b - cos^2 a = sin(a - b) sin(a + b): no cancellation
+        a, b = self.angle(t), self.angle(0)
+        return library(t).sqrt(library(t).sin(a - b) * library(t).sin(a + b)) / math.cos(b)
+
+    def lam(self, t):
+        return library(t).log(self.alpha(t) / self.sigma(t))
+
+    def t_of_lam(self, lam):
+        alpha = 1 / math.sqrt(1 + math.exp(-2 * lam))
+        return math.acos(alpha * math.cos(self.angle(0))) * (1 + self.s) * 2 / math.pi - self.s
+
+
+SCHEDULES = dict(linear=Linear(), cosine=Cosine())
+
+
+# ---- learning ----------------------------------------------------------------------------------------
+
+def draw_times(n, shift=1.0, generator=None, device=None):
+    """n times in [0, 1): uniform (the paper) for shift 1; shift > 1 favours high noise, where outlines and
+    places are decided (the map of Esser et al., arXiv 2403.03206, Eq. 23)."""
+    u = torch.rand(n, generator=generator, device=device)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def loss(net, x0, t, eps, y, schedule, prediction="eps"):
+    """Mean squared error of each image, (B,): the simple, unweighted loss of Eq. 4.
+
+    x0, eps (B, C, H, W), t (B,), y as the network takes it. prediction 'v' is Salimans & Ho's target
+    (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma): unlike eps it also asks for
+    x_0 where x_t is all noise, so it learns layout much sooner."""
+    alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+    target = eps if prediction == "eps" else alpha * eps - sigma * x0
+    out = net(alpha * x0 + sigma * eps, t, y)
+    return (out.float() - target).square().mean(dim=(1, 2, 3))
+
+
+# ---- from a network to a denoiser ---------------------------------------------------------------------
+
+def clip_x0(x0, how):
+    """'none'; 'static': to [-1, 1], where pictures live; 'dynamic': divide by the 99.5th percentile of |x0|
+    when that is above 1 (Imagen, arXiv 2205.11487, Sec. 2.3), which keeps strong guidance from saturating."""
+    if how == "none":
+        return x0
+    if how == "static":
+        return x0.clamp(-1, 1)
+    s = torch.quantile(x0.abs().flatten(1), 0.995, dim=1).clamp(min=1)[:, None, None, None]
+    return x0.clamp(-s, s) / s
+
+
+def denoiser(net, schedule, prediction="eps", y=None, null=None, scale=1.0, clip="static", cond_fn=None, cond_scale=1.0):
+    """denoise(x, t) -> x0 for the samplers below: x (B, C, H, W), t a float, x0 like x.
+
+    y, null: condition and null condition of the batch. scale: classifier-free guidance,
+        out = out(null) + scale * (out(y) - out(null))                                               (Eq. 6)
+    so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
+    cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
+    It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means."""
+    def predict(x, t):
+        t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        if y is None or scale == 1:
+            return net(x, t, y).float()
+        cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    def denoise(x, t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        out = predict(x, t)
+        x0 = (x - sigma * out) / alpha if prediction == "eps" else alpha * x - sigma * out
+        if cond_fn is not None:
+            with torch.enable_grad():
+                gradient = cond_fn(x.detach().requires_grad_(), t)
+            x0 = x0 + cond_scale * sigma**2 / alpha * gradient.detach()
+        return clip_x0(x0, clip)
+
+    return denoise
+
+
+# ---- time grids: decreasing lists of floats from t_max to 0 --------------------------------------------
+
+T_MIN = 1e-3        # the last step goes from here straight to 0; noise is then a hundredth, about one grey level
+
+
+def uniform_times(schedule, steps):
+    """Evenly spaced in time, for many small steps: Euler-Maruyama needs beta(t) * step to be small."""
+    return [schedule.t_max + (T_MIN - schedule.t_max) * i / max(1, steps - 1) for i in range(steps)] + [0.0]
+
+
+def logsnr_times(schedule, steps):
+    """Evenly spaced in log-SNR, for few large steps: the exact solution is smooth in lam, not in t."""
+    start, end = schedule.lam(schedule.t_max), schedule.lam(T_MIN)
+    inner = [schedule.t_of_lam(start + (end - start) * i / (steps - 1)) for i in range(1, steps)]
+    return [schedule.t_max] + inner + [0.0]
+
+
+# ---- samplers: denoise(x, t) -> x0, a start x ~ N(0, I), a grid of times that ends in 0 -------------------
+
+def move(x, x0, t, s, schedule):
+    """Carry x from time t to s along the straight line of x0 and the noise that x0 implies."""
+    eps = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
+    return schedule.alpha(s) * x0 + schedule.sigma(s) * eps
+
+
+@torch.no_grad()
+def em(denoise, x, times, schedule, noise):
+    """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x.
+
+    Random walk with error of first order and noise sqrt(beta h) every step: it needs hundreds of them."""
+    for t, s in zip(times[:-1], times[1:]):
+        x0 = denoise(x, t)
+        score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
+        beta = 1 - (schedule.alpha(t) / schedule.alpha(s))**2   # Eq. 1's beta_t: beta(t) (t - s) for small steps, but
+        x = x + beta * (x / 2 + score)                          # below 1 also where the cosine's rate goes to infinity
+        if s > 0:                                               # no noise into the picture itself
+            x = x + math.sqrt(beta) * noise()
+    return x
+
+
+@torch.no_grad()
+def ddim(denoise, x, times, schedule, noise=None):
+    """DDIM (Song et al., arXiv 2010.02502, Eq. 12 with eta = 0): no noise, first order."""
+    for t, s in zip(times[:-1], times[1:]):
+        x0 = denoise(x, t)
+        x = move(x, x0, t, s, schedule)
+    return x
+
+
+@torch.no_grad()
+def dpm(denoise, x, times, schedule, noise=None):
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): DDIM's step, with x0 extrapolated in lam from
+    the last two evaluations to the middle of the step. Second order, so twenty steps do."""
+    x0_last = None
+    for t, s in zip(times[:-1], times[1:]):
+        x0 = target = denoise(x, t)
+        if x0_last is not None and s > 0:                       # first and last step are plain DDIM
+            r = (schedule.lam(s) - schedule.lam(t)) / (schedule.lam(t) - schedule.lam(t_last))
+            target = x0 + (x0 - x0_last) * r / 2
+        x = move(x, target, t, s, schedule)
+        x0_last, t_last = x0, t
+    return x
+
+
+SAMPLERS = dict(em=(em, uniform_times), ddim=(ddim, logsnr_times), dpm=(dpm, logsnr_times))
+
+
+class ImageNoise:
+    """One CPU generator per image: noise() -> (B, C, H, W) on `device`, where row i depends on seeds[i] alone,
+    not on the batch it is in, the device or the number of processes."""
+
+    def __init__(self, seeds, shape, device="cpu"):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape, self.device = shape, device
+
+    def __call__(self):
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def sample(denoise, noise, schedule, sampler="dpm", steps=20):
+    """Pictures (B, C, H, W), about in [-1, 1], from a denoiser and an ImageNoise."""
+    step, grid = SAMPLERS[sampler]
+    return step(denoise, noise(), grid(schedule, steps), schedule, noise)
+
+
+# ---- where and how precisely to compute -----------------------------------------------------------------
+
+def pick_device(name):
+    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def autocast(device, dtype):
+    """The context in which networks run: bfloat16 where asked, or by 'auto' where the hardware multiplies it
+    fast (CUDA; CPUs with AMX tiles). Schedules, losses and samplers stay in float32."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    fast = device.type == "cuda" or (device.type == "cpu" and amx())
+    bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

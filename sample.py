@@ -1,0 +1,156 @@
+"""Draw pictures from a checkpoint; nothing else is needed, the configuration is inside.
+
+    python sample.py                                     the newest run, 64 pictures, one sheet
+    python sample.py --ckpt runs/mine/ckpt.pt --n 480 --score
+    python sample.py --classes 3,5 --cfg 4 --out pictures/          a folder of single PNGs
+    torchrun --nproc_per_node=8 sample.py --n 50000 --npz samples.npz
+
+From a notebook: `from sample import load; net, config = load("ckpt.pt")`, then the samplers of diffusion.py.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import diffusion
+from ascend import ASCEND
+from iuvit import IUViT
+from unet import UNet
+from uvit import UViT
+
+MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
+
+
+def load(path, weights="ema", device="cpu"):
+    """A checkpoint of train.py -> (network in eval mode, its config as a dict). weights: 'ema' or 'raw'."""
+    ckpt = data.read_checkpoint(path)
+    config = ckpt["config"]
+    info = config["info"]
+    try:
+        net = MODELS[config["model"]](img_size=info["size"], num_classes=len(info["classes"]) if config["cond"] == "class" else 0,
+                                      **config["net"])
+        net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
+    except (KeyError, TypeError, AssertionError, RuntimeError) as e:
+        raise data.UserError(f"{path} does not fit this code's {config.get('model')}: {str(e).splitlines()[0]}")
+    return net.to(device).requires_grad_(False).eval(), config
+
+
+def newest_run():
+    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise data.UserError("there is no run in runs/ yet: run `python train.py` first, or name a checkpoint with --ckpt")
+    return runs[-1]
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.error = lambda message: fail(f"{message} (python sample.py --help lists all flags)")
+    p.add_argument("--ckpt", help="default: the newest in runs/")
+    p.add_argument("--n", type=int, default=64, help="how many pictures")
+    p.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="this and the next three: default as trained")
+    p.add_argument("--steps", type=int, help="network evaluations")
+    p.add_argument("--cfg", type=float, help="classifier-free guidance scale; 1 is none")
+    p.add_argument("--clip", choices=["none", "static", "dynamic"], help="of x0")
+    p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
+    p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8 and arr_1, the classes, for FID tools")
+    p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
+    p.add_argument("--weights", choices=["ema", "raw"], default="ema")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    args = p.parse_args(argv)
+    for name in ("n", "batch", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.seed < 0:
+        fail("--seed is not negative")
+    return args
+
+
+def fail(message):
+    raise data.UserError(message)
+
+
+def classes_of(args, config):
+    """The class of each of the n pictures, int64 (n,), or None for an unconditional model."""
+    names = config["info"]["classes"]
+    if config["cond"] != "class":
+        if args.classes:
+            fail("this model is unconditional: it takes no --classes")
+        return None
+    try:
+        asked = [int(c) for c in args.classes.split(",")] if args.classes else range(len(names))
+    except ValueError:
+        fail(f"--classes takes numbers, like 3,5, not {args.classes!r}")
+    if any(not 0 <= c < len(names) for c in asked):
+        fail(f"--classes must lie in 0..{len(names) - 1}: " + ", ".join(f"{i} {name}" for i, name in enumerate(names[:30])))
+    return torch.tensor([asked[i % len(asked)] for i in range(args.n)])
+
+
+def main():
+    args = parse(sys.argv[1:])
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = diffusion.pick_device(args.device)
+    if world > 1:
+        dist.init_process_group("gloo")                                 # only finished pictures travel
+    path = args.ckpt or newest_run()
+    net, config = load(path, args.weights, device)
+    if args.score and not config["data"].startswith("shapes"):
+        fail(f"--score reads pictures of the shapes sets; this model was trained on {config['data']}")
+    for name, key in dict(sampler="sampler", steps="sample_steps", cfg="cfg", clip="clip").items():
+        if getattr(args, name) is None:
+            setattr(args, name, config[key])
+    y, size = classes_of(args, config), config["info"]["size"]
+    schedule = diffusion.SCHEDULES[config["schedule"]]
+    out = Path(args.out)
+    if out.suffix != ".png":
+        out.mkdir(parents=True, exist_ok=True)
+
+    # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
+    blocks = range(0, args.n, args.batch)
+    drawn = {}
+    with diffusion.autocast(device, args.dtype):
+        for first in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
+            ids = range(first, min(first + args.batch, args.n))
+            cond = None if y is None else y[first:ids.stop].to(device)
+            null = None if y is None else torch.full_like(cond, len(config["info"]["classes"]))
+            noise = diffusion.ImageNoise(data.image_seeds(args.seed, ids), (3, size, size), device)
+            denoise = diffusion.denoiser(net, schedule, config["prediction"], cond, null, args.cfg, args.clip)
+            x = diffusion.sample(denoise, noise, schedule, args.sampler, args.steps)
+            drawn[first] = data.to_uint8(x).cpu().numpy()
+            if out.suffix != ".png":
+                for i, picture in zip(ids, drawn[first]):
+                    Image.fromarray(picture.transpose(1, 2, 0)).save(out / f"{i:06d}.png")
+    if world > 1:
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(drawn, parts)
+        dist.destroy_process_group()
+        if rank > 0:
+            return
+        drawn = {first: block for part in parts for first, block in part.items()}
+    pictures = np.concatenate([drawn[first] for first in blocks])      # (n, 3, S, S) uint8
+
+    if out.suffix == ".png":
+        columns = min(16, max(1, round(args.n ** 0.5)))
+        data.grid(pictures, columns).save(out)
+    if args.npz:
+        labels = {} if y is None else dict(arr_1=y.numpy())
+        np.savez(args.npz, arr_0=pictures.transpose(0, 2, 3, 1), **labels)
+    print(f"{args.n} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
+    if args.score:
+        score = data.score_shapes(pictures, y.numpy())
+        print(f"of {args.n} pictures, {score['both']:.1f}% show the asked shape and colour "
+              f"(shape {score['shape']:.1f}%, colour {score['colour']:.1f}%); {args.sampler} {args.steps}, guidance {args.cfg}")
+
+
+if __name__ == "__main__":
+    data.run(main)

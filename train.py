@@ -1,0 +1,395 @@
+"""Train a diffusion model.
+
+    python train.py                                                  a laptop: coloured shapes, ten minutes
+    python train.py --model iuvit --data cifar10                     one GPU: a run of the paper
+    torchrun --nproc_per_node=8 train.py --model ascend --data cifar10
+    python train.py --preset unet-shapes --lr 1e-3 --out runs/mine   any field of Config below is a flag
+
+The same command again resumes from the run's checkpoint, exactly; a larger --steps goes on from there.
+"""
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import diffusion
+from ascend import ASCEND
+from iuvit import IUViT
+from unet import UNet
+from uvit import UViT
+
+MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
+
+
+# ---- configuration -----------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    """Everything that decides a run. Precedence: these defaults < the preset < the command line."""
+    preset: str = ""                # a row of PRESETS; without it the first that fits --model, --data and --cond
+    # what
+    model: str = "unet"             # unet, uvit, iuvit, ascend
+    data: str = "shapes"            # a built-in set, or a prepared one: see data.py
+    cond: str = "none"              # none, class
+    net: dict = dataclasses.field(default_factory=dict)     # the network's constructor arguments, as JSON
+    # diffusion
+    schedule: str = "linear"        # linear, cosine
+    prediction: str = "eps"         # eps (the paper), v
+    time_shift: float = 1.0         # 1: t uniform (the paper); above 1: more of the high noise
+    drop: float = 0.1               # how often the condition is replaced by the null one, for guidance
+    # optimisation: AdamW, warm-up then constant
+    steps: int = 500_000
+    batch: int = 128                # global: each process takes batch / (processes * accum) at a time
+    accum: int = 1                  # micro-batches a step
+    lr: float = 2e-4
+    warmup: int = 5000              # steps of linear warm-up
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    grad_clip: float = 1.0          # largest gradient norm
+    ema: float = 0.9999             # decay of the averaged weights
+    # sampling: the grids drawn in training, and the defaults of sample.py
+    sampler: str = "dpm"            # em, ddim, dpm
+    sample_steps: int = 20          # network evaluations
+    cfg: float = 1.0                # guidance scale; 1 is none
+    clip: str = "static"            # none, static, dynamic
+    # the run
+    out: str = ""                   # default runs/PRESET
+    data_dir: str = "datasets"
+    seed: int = 0
+    device: str = "auto"            # auto, cpu, cuda, mps
+    dtype: str = "auto"             # auto, float32, bfloat16
+    compile: bool = None            # default: on CUDA
+    workers: int = 0                # processes that read batches ahead
+    log_every: int = 100
+    sample_every: int = 5000
+    save_every: int = 5000
+
+
+CHOICES = dict(model=list(MODELS), cond=["none", "class"], schedule=list(diffusion.SCHEDULES), prediction=["eps", "v"],
+               sampler=list(diffusion.SAMPLERS), clip=["none", "static", "dynamic"],
+               device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
+POSITIVE = ["time_shift", "steps", "batch", "accum", "lr", "grad_clip", "sample_steps", "log_every", "sample_every", "save_every"]
+FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "workers", "log_every", "sample_every",
+        "save_every", "sampler", "sample_steps", "cfg", "clip"]     # may differ between a run and its resumption
+
+# A run of minutes on a laptop: v prediction and more of the high noise, because both decide outlines and places,
+# which a short run otherwise never learns; guidance, because it sharpens what little was learnt.
+LAPTOP = dict(data="shapes", cond="class", prediction="v", time_shift=2.0, ema=0.998, warmup=100, cfg=2.0, beta2=0.99,
+              log_every=50, sample_every=500, save_every=500)
+PRESETS = {
+    "unet-shapes":    dict(LAPTOP, model="unet",   steps=3000, batch=64, lr=1e-3, net=dict(dim=32, dim_mults=[1, 2, 3], num_blocks=1, attn_sizes=[8], head_dim=32, dropout=0.0)),
+}
+
+
+def error(message):
+    raise data.UserError(message)
+
+
+def parse(argv):
+    """argv -> (Config, fresh, dry_run). Every mistake is a data.UserError that says what is allowed."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: error(f"{message} (python train.py --help lists all flags)")
+    for field in dataclasses.fields(Config):
+        flag = "--" + field.name.replace("_", "-")
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else \
+            dict(type=json.loads if field.type is dict else field.type, choices=CHOICES.get(field.name))
+        parser.add_argument(flag, **kind)
+    parser.add_argument("--fresh", action="store_true", default=False, help="start over; the old run is moved aside")
+    parser.add_argument("--dry-run", action="store_true", default=False, help="print the resolved config and stop")
+    asked = vars(parser.parse_args(argv))
+    fresh, dry_run = asked.pop("fresh"), asked.pop("dry_run")
+
+    # which row
+    name = asked.get("preset") or nearest_preset(asked)
+    if name not in PRESETS:
+        error(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+    row = PRESETS[name]
+    net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
+    cfg = Config(**{**row, **asked, "preset": name, "net": net})
+    cfg.out = cfg.out or f"runs/{name}"
+
+    # is it sensible
+    for field in POSITIVE:
+        if not getattr(cfg, field) > 0:
+            error(f"--{field.replace('_', '-')} must be above 0, not {getattr(cfg, field)}")
+    if not 0 <= cfg.drop < 1 or not 0 <= cfg.ema < 1:
+        error("--drop and --ema lie in [0, 1)")
+    if cfg.warmup < 0 or cfg.workers < 0 or cfg.weight_decay < 0 or cfg.seed < 0:
+        error("--warmup, --workers, --weight-decay and --seed are not negative")
+    return cfg, fresh, dry_run
+
+
+def nearest_preset(asked):
+    """The first row with the model, data and cond asked for; a set without a row takes that of the nearest size."""
+    model, name = asked.get("model", "unet"), asked.get("data", "shapes")
+    rows = [p for p, row in PRESETS.items() if row["model"] == model]
+    fits = [p for p in rows if PRESETS[p]["data"] == name]
+    if not fits:
+        size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
+        distance = {p: abs(math.log(data.describe(PRESETS[p]["data"], "")["size"] / size)) for p in rows}
+        fits = [p for p in rows if distance[p] == min(distance.values())]
+    return next((p for p in fits if PRESETS[p]["cond"] == asked.get("cond")), fits[0])
+
+
+# ---- pieces of a run -----------------------------------------------------------------------------------
+
+def build(cfg, info):
+    """The network of a config for a data set of the given size and classes, on the current default device."""
+    try:
+        return MODELS[cfg.model](img_size=info["size"], num_classes=len(info["classes"]) if cfg.cond == "class" else 0, **cfg.net)
+    except (AssertionError, TypeError) as e:
+        error(f"{cfg.model} on {cfg.data}, {info['size']} pixels: {e}")
+
+
+def gflops(cfg, info):
+    """Floating-point operations of one forward of one image, in units of 1e9; a multiply-add counts as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        net, x, t = build(cfg, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
+        y = torch.zeros(1, dtype=torch.int64) if cfg.cond == "class" else None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x, t, y)
+    return counter.get_total_flops() / 1e9
+
+
+def open_run(cfg, info, fresh, main):
+    """Make or find the run's folder; returns its checkpoint, or None for a new run.
+
+    A folder that holds another run is refused with the difference shown. fresh moves the old run aside."""
+    out = Path(cfg.out)
+    config = dict(dataclasses.asdict(cfg), info=info)
+    if main and fresh and out.exists():
+        aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
+        out.rename(aside)
+        print(f"the old run is now {aside}")
+    ckpt = None
+    if (out / "ckpt.pt").exists() and not (fresh and not main):
+        ckpt = data.read_checkpoint(out / "ckpt.pt")
+        old = ckpt["config"]
+        changed = [f"{k}: {old.get(k)!r} there, {v!r} asked" for k, v in config.items() if k not in FREE and old.get(k) != v]
+        if changed:
+            error(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
+    elif main:
+        if out.exists() and not out.is_dir():
+            error(f"--out {out} is a file, not a folder")
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+    if main:
+        data.write_file(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
+    return ckpt
+
+
+def keep_log(path, step):
+    """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
+    if path.exists():
+        head, *rows = path.read_text().splitlines()
+        kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
+        data.write_file(path, lambda f: f.write("".join(line + "\n" for line in [head, *kept]).encode()))
+
+
+@torch.no_grad()
+def draw_samples(net, cfg, info, device, precision, n=64):
+    """n pictures from the same noise and the same classes every time, uint8 (n, 3, S, S)."""
+    classes = len(info["classes"])
+    y = torch.arange(n, device=device) % classes if cfg.cond == "class" else None
+    null = torch.full_like(y, classes) if y is not None else None
+    noise = diffusion.ImageNoise(data.image_seeds(cfg.seed, range(n)), (3, info["size"], info["size"]), device)
+    schedule = diffusion.SCHEDULES[cfg.schedule]
+    denoise = diffusion.denoiser(net, schedule, cfg.prediction, y, null, cfg.cfg, cfg.clip)
+    with precision:
+        x = diffusion.sample(denoise, noise, schedule, cfg.sampler, cfg.sample_steps)
+    return data.to_uint8(x).cpu().numpy()
+
+
+def draw_progress(folder, columns=8, rows=12):
+    """progress.png: the first pictures of each sample grid, one row a grid, early training above late."""
+    files = sorted(folder.glob("step_*.png"))
+    files = [files[round(i * (len(files) - 1) / max(1, rows - 1))] for i in range(rows)] if len(files) > rows else files
+    strips = []
+    for file in files:
+        sheet = Image.open(file)
+        strips.append(sheet.crop((0, 0, sheet.width, sheet.width // columns)))
+    sheet = Image.new("RGB", (strips[0].width, sum(s.height for s in strips)))
+    for i, strip in enumerate(strips):
+        sheet.paste(strip, (0, i * strip.height))
+    data.write_file(folder / "progress.png", lambda f: sheet.save(f, "png"))
+
+
+# ---- the run -----------------------------------------------------------------------------------------
+
+def main():
+    cfg, fresh, dry_run = parse(sys.argv[1:])
+    info = data.describe(cfg.data, cfg.data_dir)
+    if cfg.cond == "class" and not info["classes"]:
+        error(f"{cfg.data} has no classes: use --cond none")
+    if dry_run:
+        with torch.device("meta"):
+            params = sum(p.numel() for p in build(cfg, info).parameters())
+        return print(json.dumps(dict(dataclasses.asdict(cfg), params=params, gflops=round(gflops(cfg, info), 3))))
+
+    # processes: one by default, or as many as torchrun started
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    main_rank = rank == 0
+    if cfg.batch % (world * cfg.accum):
+        unit = world * cfg.accum
+        error(f"--batch {cfg.batch} does not divide among {world} processes x {cfg.accum} micro-batches; "
+              f"nearest that does: {max(1, round(cfg.batch / unit)) * unit}")
+    device = diffusion.pick_device(cfg.device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
+    precision = diffusion.autocast(device, cfg.dtype)
+
+    # data: rank 0 prepares a built-in set on first use, the others wait
+    if main_rank and cfg.data in data.BUILT_IN:
+        data.prepare(cfg.data, cfg.data_dir)
+    if world > 1:
+        dist.barrier()
+    pictures = data.open_set(cfg.data, cfg.data_dir)
+
+    # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
+    torch.manual_seed(cfg.seed)
+    net = build(cfg, info).to(device)
+    if device.type == "cuda":
+        net = net.to(memory_format=torch.channels_last)             # what tensor cores read; on CPUs it is the slower one
+    else:
+        torch.backends.cuda.enable_flash_sdp(False)                 # CPUs: its bf16 backward is slow for few tokens
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    schedule = diffusion.SCHEDULES[cfg.schedule]
+    null_class = len(info["classes"])
+
+    # resume
+    ckpt = open_run(cfg, info, fresh, main_rank)
+    if world > 1:
+        dist.barrier()
+    start, seconds = 0, 0.0
+    if ckpt:
+        net.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        opt.load_state_dict(ckpt["opt"])
+        start, seconds = ckpt["step"], ckpt["seconds"]
+    out = Path(cfg.out)
+    if main_rank:
+        params = sum(p.numel() for p in net.parameters())
+        paper = f"torchrun --nproc_per_node=8 train.py --model {cfg.model} --data cifar10"
+        print(f"training {cfg.model} ({params / 1e6:.1f}M parameters) on {len(pictures):,} pictures of {cfg.data}, "
+              f"{info['size']}x{info['size']}; the paper's CIFAR-10 run of this model: {paper}")
+        keep_log(out / "log.csv", start)
+        if start >= cfg.steps:
+            print(f"{out} is finished at step {start}: look at {out / 'samples'}, draw more with "
+                  f"`python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps")
+    if start >= cfg.steps:
+        return
+
+    model = net
+    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
+        model = torch.compile(model)
+    if world > 1:
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    rows = range(rank, cfg.batch, world)                            # this process's share of every global batch
+    micro = len(rows) // cfg.accum
+    batches = iter(torch.utils.data.DataLoader(
+        data.Batches(pictures, cfg.batch, rows, cfg.seed, info["flip"]), sampler=range(start, cfg.steps), batch_size=None,
+        num_workers=cfg.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))
+
+    # Ctrl-C and SIGTERM: finish the step, save, leave
+    stop = torch.zeros(1)
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: stop.fill_(1))
+
+    def save(step):
+        data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
+            model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds,
+            config=dict(dataclasses.asdict(cfg), info=info)), f))
+
+    sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t, since the last log
+    seen, clock, saved = 0, time.time(), start
+    bar = tqdm(total=cfg.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
+    for step in range(start, cfg.steps + 1):
+        # maintenance first, so that the last step's needs no second copy below the loop
+        if world > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)                # on the CPU: no GPU is kept waiting
+        leaving = bool(stop) or step == cfg.steps
+        if step > start and (step % cfg.log_every == 0 or leaving):
+            if world > 1:
+                dist.all_reduce(sums)
+            total, count = sums.tolist()
+            seconds, speed, clock = seconds + time.time() - clock, seen / (time.time() - clock), time.time()
+            row = dict(step=step, loss=sum(total) / max(1, sum(count)),
+                       **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
+                       grad_norm=float(norm), lr=opt.param_groups[0]["lr"], images_per_s=speed, seconds=seconds)
+            if main_rank:
+                new = not (out / "log.csv").exists()
+                with open(out / "log.csv", "a", newline="") as f:
+                    writer = csv.DictWriter(f, row)
+                    writer.writeheader() if new else None
+                    writer.writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
+            sums.zero_()
+            seen = 0
+        if main_rank and (step % cfg.sample_every == 0 or step == cfg.steps):
+            sheet = data.grid(draw_samples(ema, cfg, info, device, precision), columns=8)
+            data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
+            draw_progress(out / "samples")
+        if main_rank and step > saved and (step % cfg.save_every == 0 or leaving):
+            seconds, clock, saved = seconds + time.time() - clock, time.time(), step
+            save(step)
+        if leaving:
+            break
+
+        # randomness is addressed, not consumed: all of it follows from (seed, step), so a resumed run sees the same
+        g = torch.Generator(device).manual_seed(data.seed32(cfg.seed, step))
+        t = diffusion.draw_times(cfg.batch, cfg.time_shift, g, device)[rank::world]
+        eps = torch.randn(cfg.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
+        dropped = torch.rand(cfg.batch, generator=g, device=device)[rank::world] < cfg.drop
+        x0, y = next(batches)
+        x0 = x0.to(device, non_blocking=True).float() / 127.5 - 1                               # (b, 3, S, S) in [-1, 1]
+        y = y.to(device, non_blocking=True).masked_fill(dropped, null_class) if cfg.cond == "class" else None
+
+        for group in opt.param_groups:
+            group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
+        for m in range(cfg.accum):
+            torch.manual_seed(data.seed32(cfg.seed, step, m, rank))                             # for nn.Dropout alone
+            part = slice(m * micro, (m + 1) * micro)
+            if world > 1:
+                model.require_backward_grad_sync = m == cfg.accum - 1                           # one exchange a step
+            with precision:
+                losses = diffusion.loss(model, x0[part], t[part], eps[part], None if y is None else y[part], schedule, cfg.prediction)
+            (losses.mean() / cfg.accum).backward()
+            bins = (t[part] * 4).long().clamp(max=3)
+            sums[0].index_add_(0, bins, losses.detach())
+            sums[1].index_add_(0, bins, torch.ones_like(losses))
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        decay = min(cfg.ema, (1 + step) / (10 + step))                                          # short memory while young
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        seen += cfg.batch
+        bar.update()
+
+    bar.close()
+    if main_rank:
+        what = f"finished {cfg.steps} steps" if step == cfg.steps else f"stopped at step {step}; the same command resumes"
+        print(f"{what}, {seconds / 60:.1f} minutes in all: {out / 'samples' / 'progress.png'}, {out / 'ckpt.pt'}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,205 @@
+"""U-Net, the convolutional baseline of the paper (arXiv 2212.13771, Sec. 3): DDPM's layout (Ho et al.,
+arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
+
+    x (3, 32, 32) -> conv -> [Res Res down] -> [Res+Attn Res+Attn down] -> ... -> Res, Attn, Res       encoder, middle
+                       |          |   |   |          |        |       |                  |
+                       +---- every output of the encoder is a skip ---+     concatenated in reverse order
+                       |          |   |   |          |        |       |                  v
+    eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <--+             decoder
+
+Time (and class) enter every ResBlock as a scale and a shift of its second group norm.
+Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim).
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+def timestep_embedding(t, dim):
+    """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
+
+    The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
+    frequencies 1 .. 1e-4 were chosen. It is applied here and nowhere else."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = 1000 * t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def zero_init(module):
+    """Start a residual branch, or the output, at exactly zero: the network begins as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block: two convolutions; time enters as scale and shift between them.
+
+    resample: None, 'down' (average pool) or 'up' (nearest) inside the block, between norm and first
+    convolution, on both branches (BigGAN's way of changing resolution)."""
+
+    def __init__(self, in_channels, out_channels, emb_dim, dropout=0.0, resample=None):
+        super().__init__()
+        self.out_channels = out_channels
+        self.norm1 = nn.GroupNorm(32, in_channels)
+        self.resize = dict(up=nn.Upsample(scale_factor=2), down=nn.AvgPool2d(2)).get(resample, nn.Identity())
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(32, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x, emb):                                          # x (B, C, H, W), emb (B, E)
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))
+        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(self.resize(x)) + h
+
+
+class SpatialAttention(nn.Module):
+    """Global self-attention between all positions of a feature map, heads of `head_dim` channels."""
+
+    def __init__(self, channels, head_dim):
+        super().__init__()
+        assert channels % head_dim == 0, f"{channels} channels do not divide into heads of {head_dim}"
+        self.out_channels = channels
+        self.head_dim = head_dim
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):                                               # (B, C, H, W)
+        H = x.shape[2]
+        qkv = self.qkv(self.norm(x))
+        q, k, v = rearrange(qkv, "B (K heads d) H W -> K B heads (H W) d", K=3, d=self.head_dim)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(rearrange(h, "B heads (H W) d -> B (heads d) H W", H=H))
+
+
+class Downsample(nn.Conv2d):
+    """DDPM's down-sampling: a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """DDPM's up-sampling: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.out_channels = channels
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+class Layer(nn.Sequential):
+    """A few modules in a row, of which the ResBlocks also read the embedding."""
+
+    def forward(self, x, emb):
+        for module in self:
+            x = module(x, emb) if isinstance(module, ResBlock) else module(x)
+        return x
+
+    @property
+    def out_channels(self):
+        return self[-1].out_channels
+
+
+class UNet(nn.Module):
+    """The U-Net. Defaults: DDPM's CIFAR-10 layout with ADM's blocks (42,855,427 parameters).
+
+    Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly."""
+
+    def __init__(self,
+                 img_size=32,               # pixels a side
+                 channels=3,                # image channels
+                 dim=128,                   # base width
+                 dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each level halves the map
+                 num_blocks=2,              # ResBlocks a level (the decoder has one more)
+                 attn_sizes=(16,),          # map sizes, in pixels, at which attention follows each ResBlock
+                 head_dim=64,               # channels per attention head
+                 resample="resblock",       # 'resblock' (ADM, BigGAN) or 'conv' (DDPM)
+                 dropout=0.1,
+                 num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
+        super().__init__()
+        levels = len(dim_mults)
+        assert img_size % 2 ** (levels - 1) == 0, \
+            f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
+        assert resample in ("resblock", "conv"), f"resample is 'resblock' or 'conv', not {resample!r}"
+        E = 4 * dim
+
+        def res(in_channels, out_channels, resample=None):
+            return ResBlock(in_channels, out_channels, E, dropout, resample)
+
+        def attention(channels, size):                  # zero or one attention, as a list
+            return [SpatialAttention(channels, head_dim)] if size in attn_sizes else []
+
+        # embeddings
+        self.dim = dim
+        self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
+        self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
+
+        # encoder
+        size, C = img_size, dim
+        self.encoder = nn.ModuleList([Layer(nn.Conv2d(channels, dim, 3, padding=1))])
+        for level, mult in enumerate(dim_mults):
+            for _ in range(num_blocks):
+                self.encoder.append(Layer(res(C, mult * dim), *attention(mult * dim, size)))
+                C = mult * dim
+            if level < levels - 1:
+                self.encoder.append(Layer(res(C, C, "down") if resample == "resblock" else Downsample(C)))
+                size //= 2
+
+        # middle
+        self.middle = Layer(res(C, C), SpatialAttention(C, head_dim), res(C, C))
+
+        # decoder: one layer for each skip, whose width is read off the encoder
+        skips = [layer.out_channels for layer in self.encoder]
+        self.decoder = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(dim_mults))):
+            for i in range(num_blocks + 1):
+                layer = [res(C + skips.pop(), mult * dim), *attention(mult * dim, size)]
+                C = mult * dim
+                if level > 0 and i == num_blocks:
+                    layer.append(res(C, C, "up") if resample == "resblock" else Upsample(C))
+                    size *= 2
+                self.decoder.append(Layer(*layer))
+
+        # head: starts at zero, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1
+        self.norm = nn.GroupNorm(32, C)
+        self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
+
+    def forward(self, x, t, y=None):
+        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1], y (B,) int64 class or None -> (B, C, H, W)."""
+        assert (y is None) == (self.class_embed is None), "y is given if and only if the model has classes"
+        emb = self.time_embed(timestep_embedding(t, self.dim))          # (B, E)
+        if y is not None:
+            emb = emb + self.class_embed(y)                             # (B, E)
+
+        h, skips = x, []                                                # (B, 3, H, W)
+        for layer in self.encoder:
+            h = layer(h, emb)                                           # (B, mult * dim, H / 2^level, W / 2^level)
+            skips.append(h)
+        h = self.middle(h, emb)                                         # (B, C, H / 2^(levels-1), ...)
+        for layer in self.decoder:
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb)          # back up, level by level
+        assert not skips                                                # every skip was used, once
+        return self.head(F.silu(self.norm(h)))                          # (B, 3, H, W)
+
+
+if __name__ == "__main__":
+    net = UNet()
+    for name, module in net.named_modules():
+        if name.count(".") == 1 and name.split(".")[0] in ("encoder", "decoder"):
+            module.register_forward_hook(lambda m, i, o, name=name: print(f"{name:12} {tuple(o.shape)}"))
+    print("output      ", tuple(net(torch.randn(1, 3, 32, 32), torch.rand(1)).shape))
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters")

@@ -1,0 +1,155 @@
+"""U-ViT, a plain Vision Transformer with U-Net's long skips (Bao et al., arXiv 2209.12152), as published.
+It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`.
+
+    x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
+                                              v                   [class, time, patch, patch, ...]
+    6 blocks -------- each output is kept as a skip --------+
+      v                                                     |
+    1 block in the middle                                   |
+      v                                                     |
+    6 blocks <--- concat with the skip, linear 2D -> D <----+     last skip first
+      v
+    eps (3, 32, 32) <- 3x3 conv <- (3, 32, 32) <- linear D -> p*p*3, rearrange to the image: "linear first"
+
+Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+def timestep_embedding(t, dim):
+    """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
+
+    The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
+    frequencies 1 .. 1e-4 were chosen. It is applied here and nowhere else."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = 1000 * t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Attention(nn.Module):
+    """Self-attention among all tokens. No bias on q, k, v, as published."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        assert dim % heads == 0, f"width {dim} does not divide into {heads} heads"
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):                                               # (B, N, D)
+        q, k, v = rearrange(self.qkv(x), "B N (K heads d) -> K B heads N d", K=3, heads=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
+
+
+class MLP(nn.Module):
+    """The Transformer's feed-forward part: every token by itself."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):                                               # (B, N, D)
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block; in the second half of the network it first takes in its skip."""
+
+    def __init__(self, dim, heads, skip):
+        super().__init__()
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim)
+
+    def forward(self, x, skip=None):                                    # (B, N, D), skip (B, N, D)
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(nn.Module):
+    """U-ViT. Defaults: the published CIFAR-10 model, U-ViT-S/2 (44,255,328 parameters).
+
+    Predicts eps (or v) from a noisy image. Raises AssertionError if sizes do not divide."""
+
+    def __init__(self,
+                 img_size=32,               # pixels a side
+                 channels=3,                # image channels
+                 patch_size=2,              # pixels a side of a patch; grows with img_size, 256 patches stay
+                 dim=512,                   # width of a token
+                 depth=13,                  # blocks, the middle one included: 6 + 1 + 6
+                 heads=8,
+                 num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
+        super().__init__()
+        assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
+        assert depth % 2 == 1, f"depth {depth} counts the middle block, so it is odd"
+        self.dim, self.patch_size, self.grid = dim, patch_size, img_size // patch_size
+
+        # embeddings
+        self.extras = 2 if num_classes else 1                               # tokens before the patches
+        self.patch_embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
+        self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
+
+        # blocks
+        self.in_blocks = nn.ModuleList(Block(dim, heads, skip=False) for _ in range(depth // 2))
+        self.mid_block = Block(dim, heads, skip=False)
+        self.out_blocks = nn.ModuleList(Block(dim, heads, skip=True) for _ in range(depth // 2))
+
+        # head
+        self.norm = nn.LayerNorm(dim)
+        self.to_pixels = nn.Linear(dim, patch_size**2 * channels)
+        self.head = nn.Conv2d(channels, channels, 3, padding=1)
+        self.init_weights()
+
+    def init_weights(self):
+        """nn.Linear      normal, std 0.02, cut at +-2; bias 0        pos_embed       normal, std 0.02, cut at +-2
+        nn.LayerNorm   1 and 0                                     conv, embedding PyTorch's own, as published"""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x, t, y=None):
+        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1], y (B,) int64 class or None -> (B, C, H, W)."""
+        assert (y is None) == (self.class_embed is None), "y is given if and only if the model has classes"
+        x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
+        tokens = [timestep_embedding(t, self.dim)[:, None], x]              # (B, 1, D), (B, h*w, D)
+        if y is not None:
+            tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
+        x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
+
+        skips = []
+        for block in self.in_blocks:
+            x = block(x)                                                    # (B, N, D)
+            skips.append(x)
+        x = self.mid_block(x)                                               # (B, N, D)
+        for block in self.out_blocks:
+            x = block(x, skips.pop())                                       # (B, N, D)
+
+        x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
+        x = self.to_pixels(x)                                               # (B, h*w, p*p*C)
+        x = rearrange(x, "B (h w) (p q C) -> B C (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
+        return self.head(x)                                                 # (B, C, H, W)
+
+
+if __name__ == "__main__":
+    net = UViT()
+    for name, module in net.named_children():
+        for m in module if isinstance(module, nn.ModuleList) else [module]:
+            m.register_forward_hook(lambda m, i, o, name=name: print(f"{name:12} {tuple(o.shape)}"))
+    net(torch.randn(1, 3, 32, 32), torch.rand(1))
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
