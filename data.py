@@ -55,7 +55,8 @@ def run(main):
     try:
         main()
     except UserError as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":          # once, not once a process
+            print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -112,8 +113,9 @@ def seed32(*ints):
 
 
 def image_seeds(seed, ids):
-    """A seed for the starting noise of each picture, whatever batch it is computed in."""
-    return [mix(seed, i, NOISE) for i in ids]
+    """A seed for the starting noise of each picture, whatever batch it is computed in. Consecutive,
+    since generators may keep 32 bits only, of which hashes of 50,000 pictures would share some."""
+    return [(mix(seed, NOISE) + i) % 2 ** 32 for i in ids]
 
 
 # ---- pictures as arrays --------------------------------------------------------------------------

@@ -74,13 +74,13 @@ class DWConvFFN(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block; in the second half of the network it first takes in its skip."""
 
-    def __init__(self, dim, heads, skip, grid, extras):
+    def __init__(self, dim, heads, ffn, skip):
         super().__init__()
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.ffn = DWConvFFN(dim, grid, extras)
+        self.ffn = ffn
 
     def forward(self, x, skip=None):                                    # (B, N, D), skip (B, N, D)
         if skip is not None:
@@ -116,9 +116,12 @@ class IUViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
 
         # blocks
-        self.in_blocks = nn.ModuleList(Block(dim, heads, False, self.grid, self.extras) for _ in range(depth // 2))
-        self.mid_block = Block(dim, heads, False, self.grid, self.extras)
-        self.out_blocks = nn.ModuleList(Block(dim, heads, True, self.grid, self.extras) for _ in range(depth // 2))
+        def block(skip):
+            return Block(dim, heads, DWConvFFN(dim, self.grid, self.extras), skip)
+
+        self.in_blocks = nn.ModuleList(block(skip=False) for _ in range(depth // 2))
+        self.mid_block = block(skip=False)
+        self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
 
         # head
         self.norm = nn.LayerNorm(dim)

@@ -36,7 +36,11 @@ def zero_init(module):
     return module
 
 
-class ResBlock(nn.Module):
+class Timed(nn.Module):
+    """A module that reads the embedding of time (and class) beside the map: forward(x, emb)."""
+
+
+class ResBlock(Timed):
     """ADM's residual block: two convolutions; time enters as scale and shift between them.
 
     resample: None, 'down' (average pool) or 'up' (nearest) inside the block, between norm and first
@@ -102,11 +106,11 @@ class Upsample(nn.Module):
 
 
 class Layer(nn.Sequential):
-    """A few modules in a row, of which the ResBlocks also read the embedding."""
+    """A few modules in a row, of which the Timed ones also read the embedding."""
 
     def forward(self, x, emb):
         for module in self:
-            x = module(x, emb) if isinstance(module, ResBlock) else module(x)
+            x = module(x, emb) if isinstance(module, Timed) else module(x)
         return x
 
     @property

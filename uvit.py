@@ -63,19 +63,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block; in the second half of the network it first takes in its skip."""
 
-    def __init__(self, dim, heads, skip):
+    def __init__(self, dim, heads, ffn, skip):
         super().__init__()
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim)
+        self.ffn = ffn
 
     def forward(self, x, skip=None):                                    # (B, N, D), skip (B, N, D)
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return x + self.ffn(self.norm2(x))
 
 
 class UViT(nn.Module):
@@ -103,9 +103,12 @@ class UViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
 
         # blocks
-        self.in_blocks = nn.ModuleList(Block(dim, heads, skip=False) for _ in range(depth // 2))
-        self.mid_block = Block(dim, heads, skip=False)
-        self.out_blocks = nn.ModuleList(Block(dim, heads, skip=True) for _ in range(depth // 2))
+        def block(skip):
+            return Block(dim, heads, MLP(dim), skip)
+
+        self.in_blocks = nn.ModuleList(block(skip=False) for _ in range(depth // 2))
+        self.mid_block = block(skip=False)
+        self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
 
         # head
         self.norm = nn.LayerNorm(dim)
