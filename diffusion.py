@@ -239,4 +239,6 @@ def autocast(device, dtype):
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     fast = device.type == "cuda" or (device.type == "cpu" and amx())
     bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
+    if device.type == "cpu" and bf16:
+        torch.backends.cuda.enable_flash_sdp(False)     # despite its name also the CPU's, slow backwards in bf16
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

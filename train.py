@@ -58,10 +58,12 @@ class Config:
     lr: float = 2e-4
     warmup: int = 5000              # steps of linear warm-up
     weight_decay: float = 0.0
+    beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0          # largest gradient norm
     ema: float = 0.9999             # decay of the averaged weights
     # sampling: the grids drawn in training, and the defaults of sample.py
+    samples: int = 64               # pictures in a grid
     sampler: str = "dpm"            # em, ddim, dpm
     sample_steps: int = 20          # network evaluations
     cfg: float = 1.0                # guidance scale; 1 is none
@@ -82,21 +84,55 @@ class Config:
 CHOICES = dict(model=list(MODELS), cond=["none", "class"], schedule=list(diffusion.SCHEDULES), prediction=["eps", "v"],
                sampler=list(diffusion.SAMPLERS), clip=["none", "static", "dynamic"],
                device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
-POSITIVE = ["time_shift", "steps", "batch", "accum", "lr", "grad_clip", "sample_steps", "log_every", "sample_every", "save_every"]
+POSITIVE = ["time_shift", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps", "log_every", "sample_every",
+            "save_every"]
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "workers", "log_every", "sample_every",
-        "save_every", "sampler", "sample_steps", "cfg", "clip"]     # may differ between a run and its resumption
+        "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]      # may differ between a run and its resumption
 
-# A run of minutes on a laptop: v prediction and more of the high noise, because both decide outlines and places,
-# which a short run otherwise never learns; guidance, because it sharpens what little was learnt.
+# The paper's runs: everything as Config has it, unless a row says otherwise. Where the paper is silent (batch, rate,
+# warm-up) the values are U-ViT's own and DDPM's own, and for IU-ViT and ASCEND assumed to be U-ViT's.
+CIFAR10 = dict(data="cifar10", sampler="em", sample_steps=1000, sample_every=25_000)
+
+# Minutes on a laptop: v prediction and more of the high noise, because both decide outlines and places, which a short
+# run otherwise never learns; guidance, because it sharpens what little was learnt.
 LAPTOP = dict(data="shapes", cond="class", prediction="v", time_shift=2.0, ema=0.998, warmup=100, cfg=2.0, beta2=0.99,
-              log_every=50, sample_every=500, save_every=500)
+              samples=24, log_every=50, sample_every=500, save_every=500)
+
+# Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
+SMALL64 = dict(data="emoji64", prediction="v", time_shift=3.0, ema=0.999, warmup=200, beta2=0.99, batch=32, lr=5e-4, steps=20_000,
+               samples=32, log_every=100, sample_every=1000, save_every=500)
+
 PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet",   steps=3000, batch=64, lr=1e-3, net=dict(dim=32, dim_mults=[1, 2, 3], num_blocks=1, attn_sizes=[8], head_dim=32, dropout=0.0)),
+    "uvit-shapes":    dict(LAPTOP, model="uvit",   steps=3000, batch=64, lr=5e-4, net=dict(patch_size=4, dim=256, depth=9, heads=4)),
+    "iuvit-shapes":   dict(LAPTOP, model="iuvit",  steps=3000, batch=64, lr=5e-4, net=dict(patch_size=4, dim=256, depth=7, heads=4)),
+    "ascend-shapes":  dict(LAPTOP, model="ascend", steps=3000, batch=64, lr=1e-3, net=dict(dim=32, dim_mults=[1, 2, 4], num_blocks=1, attn_sizes=[8], head_dim=32, window=4, dropout=0.0)),
+
+    "unet-cifar10":   dict(CIFAR10, model="unet",   steps=800_000, net={}),
+    "uvit-cifar10":   dict(CIFAR10, model="uvit",   warmup=2500, weight_decay=0.03, beta1=0.99, net={}),
+    "iuvit-cifar10":  dict(CIFAR10, model="iuvit",  warmup=2500, weight_decay=0.03, beta1=0.99, net={}),
+    "ascend-cifar10": dict(CIFAR10, model="ascend", warmup=2500, weight_decay=0.03, beta1=0.99, schedule="cosine", net={}),
+
+    "unet-emoji64":   dict(SMALL64, model="unet",   net=dict(dim=32, dim_mults=[1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=32, resample="conv", dropout=0.0)),
+    "uvit-emoji64":   dict(SMALL64, model="uvit",   net=dict(patch_size=4, dim=256, depth=9, heads=4)),
+    "iuvit-emoji64":  dict(SMALL64, model="iuvit",  net=dict(patch_size=4, dim=256, depth=9, heads=4)),
+    "ascend-emoji64": dict(SMALL64, model="ascend", net=dict(dim=32, dim_mults=[1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=32, dropout=0.0)),
 }
 
 
 def error(message):
     raise data.UserError(message)
+
+
+def json_object(text):
+    """The type of --net."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'takes a JSON object, like \'{{"dim": 64}}\', not {text!r}')
+    return value
 
 
 def parse(argv):
@@ -105,10 +141,9 @@ def parse(argv):
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: error(f"{message} (python train.py --help lists all flags)")
     for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else \
-            dict(type=json.loads if field.type is dict else field.type, choices=CHOICES.get(field.name))
-        parser.add_argument(flag, **kind)
+            dict(type=json_object if field.type is dict else field.type, choices=CHOICES.get(field.name))
+        parser.add_argument("--" + field.name.replace("_", "-"), **kind)
     parser.add_argument("--fresh", action="store_true", default=False, help="start over; the old run is moved aside")
     parser.add_argument("--dry-run", action="store_true", default=False, help="print the resolved config and stop")
     asked = vars(parser.parse_args(argv))
@@ -121,14 +156,20 @@ def parse(argv):
     row = PRESETS[name]
     net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
     cfg = Config(**{**row, **asked, "preset": name, "net": net})
-    cfg.out = cfg.out or f"runs/{name}"
+    classes = data.describe(cfg.data, cfg.data_dir)["classes"]
+    if "cond" not in asked and not classes:
+        cfg.cond = "none"                               # the row may have been written for a set that has some
+    if cfg.cond == "class" and not classes:
+        error(f"{cfg.data} has no classes: use --cond none")
+    cfg.out = cfg.out or f"runs/{name if cfg.data == row['data'] and cfg.model == row['model'] else cfg.model + '-' + cfg.data}"
 
     # is it sensible
     for field in POSITIVE:
         if not getattr(cfg, field) > 0:
             error(f"--{field.replace('_', '-')} must be above 0, not {getattr(cfg, field)}")
-    if not 0 <= cfg.drop < 1 or not 0 <= cfg.ema < 1:
-        error("--drop and --ema lie in [0, 1)")
+    for field in ("drop", "ema", "beta1", "beta2"):
+        if not 0 <= getattr(cfg, field) < 1:
+            error(f"--{field} lies in [0, 1), not at {getattr(cfg, field)}")
     if cfg.warmup < 0 or cfg.workers < 0 or cfg.weight_decay < 0 or cfg.seed < 0:
         error("--warmup, --workers, --weight-decay and --seed are not negative")
     return cfg, fresh, dry_run
@@ -143,7 +184,7 @@ def nearest_preset(asked):
         size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
         distance = {p: abs(math.log(data.describe(PRESETS[p]["data"], "")["size"] / size)) for p in rows}
         fits = [p for p in rows if distance[p] == min(distance.values())]
-    return next((p for p in fits if PRESETS[p]["cond"] == asked.get("cond")), fits[0])
+    return next((p for p in fits if PRESETS[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
 
 
 # ---- pieces of a run -----------------------------------------------------------------------------------
@@ -202,9 +243,9 @@ def keep_log(path, step):
 
 
 @torch.no_grad()
-def draw_samples(net, cfg, info, device, precision, n=64):
-    """n pictures from the same noise and the same classes every time, uint8 (n, 3, S, S)."""
-    classes = len(info["classes"])
+def draw_samples(net, cfg, info, device, precision):
+    """Pictures from the same noise and the same classes every time, uint8 (cfg.samples, 3, S, S)."""
+    n, classes = cfg.samples, len(info["classes"])
     y = torch.arange(n, device=device) % classes if cfg.cond == "class" else None
     null = torch.full_like(y, classes) if y is not None else None
     noise = diffusion.ImageNoise(data.image_seeds(cfg.seed, range(n)), (3, info["size"], info["size"]), device)
@@ -234,8 +275,6 @@ def draw_progress(folder, columns=8, rows=12):
 def main():
     cfg, fresh, dry_run = parse(sys.argv[1:])
     info = data.describe(cfg.data, cfg.data_dir)
-    if cfg.cond == "class" and not info["classes"]:
-        error(f"{cfg.data} has no classes: use --cond none")
     if dry_run:
         with torch.device("meta"):
             params = sum(p.numel() for p in build(cfg, info).parameters())
@@ -266,10 +305,9 @@ def main():
     net = build(cfg, info).to(device)
     if device.type == "cuda":
         net = net.to(memory_format=torch.channels_last)             # what tensor cores read; on CPUs it is the slower one
-    else:
-        torch.backends.cuda.enable_flash_sdp(False)                 # CPUs: its bf16 backward is slow for few tokens
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
+                            weight_decay=cfg.weight_decay, fused=True)
     schedule = diffusion.SCHEDULES[cfg.schedule]
     null_class = len(info["classes"])
 
@@ -315,11 +353,11 @@ def main():
 
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
-            model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, seconds=seconds,
-            config=dict(dataclasses.asdict(cfg), info=info)), f))
+            model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
+            seconds=seconds + time.time() - clock, config=dict(dataclasses.asdict(cfg), info=info)), f))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t, since the last log
-    seen, clock, saved = 0, time.time(), start
+    clock, paused, logged, saved = time.time(), 0.0, start, start   # paused: seconds not spent on training steps
     bar = tqdm(total=cfg.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
     for step in range(start, cfg.steps + 1):
         # maintenance first, so that the last step's needs no second copy below the loop
@@ -330,7 +368,8 @@ def main():
             if world > 1:
                 dist.all_reduce(sums)
             total, count = sums.tolist()
-            seconds, speed, clock = seconds + time.time() - clock, seen / (time.time() - clock), time.time()
+            speed = (step - logged) * cfg.batch / (time.time() - clock - paused)
+            seconds, clock, paused, logged = seconds + time.time() - clock, time.time(), 0.0, step
             row = dict(step=step, loss=sum(total) / max(1, sum(count)),
                        **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
                        grad_norm=float(norm), lr=opt.param_groups[0]["lr"], images_per_s=speed, seconds=seconds)
@@ -342,14 +381,15 @@ def main():
                     writer.writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
             sums.zero_()
-            seen = 0
-        if main_rank and (step % cfg.sample_every == 0 or step == cfg.steps):
+        pause = time.time()
+        if main_rank and step > start and (step % cfg.sample_every == 0 or step == cfg.steps):
             sheet = data.grid(draw_samples(ema, cfg, info, device, precision), columns=8)
             data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
             draw_progress(out / "samples")
         if main_rank and step > saved and (step % cfg.save_every == 0 or leaving):
-            seconds, clock, saved = seconds + time.time() - clock, time.time(), step
             save(step)
+            saved = step
+        paused += time.time() - pause
         if leaving:
             break
 
@@ -380,13 +420,12 @@ def main():
         opt.zero_grad(set_to_none=True)
         decay = min(cfg.ema, (1 + step) / (10 + step))                                          # short memory while young
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-        seen += cfg.batch
         bar.update()
 
     bar.close()
     if main_rank:
         what = f"finished {cfg.steps} steps" if step == cfg.steps else f"stopped at step {step}; the same command resumes"
-        print(f"{what}, {seconds / 60:.1f} minutes in all: {out / 'samples' / 'progress.png'}, {out / 'ckpt.pt'}")
+        print(f"{what}, {(seconds + time.time() - clock) / 60:.1f} minutes in all: {out / 'samples' / 'progress.png'}, {out / 'ckpt.pt'}")
     if world > 1:
         dist.destroy_process_group()
 
