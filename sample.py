@@ -104,16 +104,22 @@ def main():
         dist.init_process_group("gloo")                                 # only finished pictures travel
     path = args.ckpt or newest_run()
     net, config = load(path, args.weights, device)
-    if args.score and not config["data"].startswith("shapes"):
-        fail(f"--score reads pictures of the shapes sets; this model was trained on {config['data']}")
+    if args.score and not (config["data"].startswith("shapes") and config["cond"] == "class"):
+        fail(f"--score reads the pictures of class-conditional models of shapes; this one is of {config['data']}, "
+             f"condition {config['cond']}")
+    if args.cfg not in (None, 1) and (config["cond"] == "none" or config["drop"] == 0):
+        fail("--cfg needs a model trained with and without its condition; this one was not")
     for name, key in dict(sampler="sampler", steps="sample_steps", cfg="cfg", clip="clip").items():
         if getattr(args, name) is None:
             setattr(args, name, config[key])
     y, size = classes_of(args, config), config["info"]["size"]
     schedule = diffusion.SCHEDULES[config["schedule"]]
     out = Path(args.out)
-    if out.suffix != ".png":
-        out.mkdir(parents=True, exist_ok=True)
+    try:                                                                # now, not after an hour of drawing
+        (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
+        Path(args.npz or ".").parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"cannot write there: {e}")
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
     blocks = range(0, args.n, args.batch)
@@ -141,7 +147,7 @@ def main():
 
     if out.suffix == ".png":
         columns = min(16, max(1, round(args.n ** 0.5)))
-        data.grid(pictures, columns).save(out)
+        data.grid(pictures[:1024], columns).save(out)                   # more would be no picture to look at
     if args.npz:
         labels = {} if y is None else dict(arr_1=y.numpy())
         np.savez(args.npz, arr_0=pictures.transpose(0, 2, 3, 1), **labels)

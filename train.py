@@ -156,6 +156,8 @@ def parse(argv):
     row = PRESETS[name]
     net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
     cfg = Config(**{**row, **asked, "preset": name, "net": net})
+    if cfg.drop == 0 and cfg.cond != "none" and cfg.cfg != 1:
+        error("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
     classes = data.describe(cfg.data, cfg.data_dir)["classes"]
     if "cond" not in asked and not classes:
         cfg.cond = "none"                               # the row may have been written for a set that has some
@@ -193,7 +195,7 @@ def build(cfg, info):
     """The network of a config for a data set of the given size and classes, on the current default device."""
     try:
         return MODELS[cfg.model](img_size=info["size"], num_classes=len(info["classes"]) if cfg.cond == "class" else 0, **cfg.net)
-    except (AssertionError, TypeError) as e:
+    except (AssertionError, TypeError, ValueError) as e:
         error(f"{cfg.model} on {cfg.data}, {info['size']} pixels: {e}")
 
 

@@ -36,6 +36,12 @@ def zero_init(module):
     return module
 
 
+def group_norm(channels):
+    """ADM's 32 groups, or in narrow layers fewer, of at least 4 channels: a group of one would lose its channel's mean."""
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels >= 4 * g)
+    return nn.GroupNorm(groups, channels)
+
+
 class Timed(nn.Module):
     """A module that reads the embedding of time (and class) beside the map: forward(x, emb)."""
 
@@ -49,11 +55,11 @@ class ResBlock(Timed):
     def __init__(self, in_channels, out_channels, emb_dim, dropout=0.0, resample=None):
         super().__init__()
         self.out_channels = out_channels
-        self.norm1 = nn.GroupNorm(32, in_channels)
+        self.norm1 = group_norm(in_channels)
         self.resize = dict(up=nn.Upsample(scale_factor=2), down=nn.AvgPool2d(2)).get(resample, nn.Identity())
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(32, out_channels)
+        self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -74,7 +80,7 @@ class SpatialAttention(nn.Module):
         assert channels % head_dim == 0, f"{channels} channels do not divide into heads of {head_dim}"
         self.out_channels = channels
         self.head_dim = head_dim
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -179,7 +185,7 @@ class UNet(nn.Module):
                 self.decoder.append(Layer(*layer))
 
         # head: starts at zero, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1
-        self.norm = nn.GroupNorm(32, C)
+        self.norm = group_norm(C)
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
     def forward(self, x, t, y=None):
