@@ -116,7 +116,8 @@ def seed32(*ints):
 def image_seeds(seed, ids):
     """A seed for the starting noise of each picture, whatever batch it is computed in. Consecutive,
     since generators may keep 32 bits only, of which hashes of 50,000 pictures would share some."""
-    return [(mix(seed, NOISE) + i) % 2 ** 32 for i in ids]
+    first = mix(seed, NOISE)
+    return [(first + i) % 2 ** 32 for i in ids]
 
 
 # ---- pictures as arrays --------------------------------------------------------------------------

@@ -77,9 +77,12 @@ SCHEDULES = dict(linear=Linear(), cosine=Cosine())
 # ---- learning ----------------------------------------------------------------------------------------
 
 def draw_times(n, shift=1.0, generator=None, device=None):
-    """n times in [0, 1): uniform (the paper) for shift 1; shift > 1 favours high noise, where outlines and
-    places are decided (the map of Esser et al., arXiv 2403.03206, Eq. 23)."""
-    u = torch.rand(n, generator=generator, device=device)
+    """n times in [0, 1), each uniform (the paper) for shift 1; shift > 1 favours high noise, where outlines and
+    places are decided (the map of Esser et al., arXiv 2403.03206, Eq. 23).
+
+    The n are evenly spaced from a random start: losses differ so much over t that covering it evenly in every
+    batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
+    u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
     return shift * u / (1 + (shift - 1) * u)
 
 

@@ -12,7 +12,7 @@ import diffusion
 from ascend import ASCEND, SwinBlock, WindowAttention
 from conftest import TINY
 from iuvit import IUViT
-from unet import SpatialAttention, UNet, timestep_embedding
+from unet import SpatialAttention, UNet, group_norm, timestep_embedding
 from uvit import Attention, UViT
 
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
@@ -31,14 +31,14 @@ def count(net):
 
 def awake(model, classes=0, **net):
     """A tiny network with every parameter moved off its start: an output that begins at zero proves nothing."""
-    net = MODELS[model](num_classes=classes, **{**TINY[model], **net}).eval()
+    net = MODELS[model](num_classes=classes, **{**TINY[model], "img_size": 16, **net}).eval()
     with torch.no_grad():
         for p in net.parameters():
             p += 0.05 * torch.randn_like(p)
     return net
 
 
-def inputs(classes=0, B=4, size=32):
+def inputs(classes=0, B=4, size=16):
     """x, t, y of a batch; among the classes is the null one."""
     return torch.randn(B, 3, size, size), torch.rand(B), torch.arange(B) % (classes + 1) if classes else None
 
@@ -110,13 +110,13 @@ def test_sizes_that_do_not_divide_say_so(model, net, message):
 def test_first_loss_is_one_because_the_output_starts_at_zero(model):
     x, t, _ = inputs(B=16)
     eps = torch.randn_like(x)
-    first = diffusion.loss(MODELS[model](**TINY[model]), x, t, eps, None, diffusion.SCHEDULES["linear"]).mean().item()
+    first = diffusion.loss(MODELS[model](**TINY[model], img_size=16), x, t, eps, None, diffusion.SCHEDULES["linear"]).mean().item()
     assert first == pytest.approx(1, abs=5 * math.sqrt(2 / eps.numel()))        # 5 standard errors of a mean of squares
     assert first == pytest.approx(eps.square().mean().item())
 
 
 def test_first_loss_of_uvit_is_a_little_above_one_as_published():
-    x, t, _ = inputs()
+    x, t, _ = inputs(size=32)
     with torch.no_grad():
         first = diffusion.loss(UViT(), x, t, torch.randn_like(x), None, diffusion.SCHEDULES["linear"]).mean()
     assert 1.0 < first < 1.2, f"the first loss is {first:.3f}"
@@ -201,6 +201,11 @@ def test_timestep_embedding_is_what_a_pocket_calculator_says(precision):
                              [0.540302, 0.999950, 0.841471, 0.010000],                  # of 1 and 0.01
                              [-0.883863, 0.283662, -0.467772, -0.958924]])              # of 500 and 5
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("channels, groups", [(256, 32), (128, 32), (96, 16), (64, 16), (40, 8), (32, 8), (6, 1)])
+def test_group_norm_has_32_groups_or_fewer_of_at_least_four_channels(channels, groups):
+    assert group_norm(channels).num_groups == groups
 
 
 @pytest.mark.parametrize("model", ["uvit", "iuvit"])

@@ -1,0 +1,340 @@
+"""Schedules, loss, guidance and samplers, against data for which every answer is known in closed form.
+
+Pictures are of one pixel here, (N, 1, 1, 1): the N rows are N draws of a number, and its distribution is the test."""
+import math
+
+import pytest
+import torch
+
+import data
+import diffusion
+from diffusion import SAMPLERS, SCHEDULES, ImageNoise, denoiser
+
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+each_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
+TIMES = [diffusion.T_MIN, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99]
+MEAN, STD = 0.3, 0.5                                    # of the data, wherever they are Gaussian
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+def normal_quantiles(n):
+    """n numbers that are distributed as N(0, 1) as evenly as n numbers can be: no sampling error in the answer."""
+    return torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n).view(n, 1, 1, 1)
+
+
+def gaussian_x0(x, t, schedule, mean=MEAN, std=STD):
+    """The exact E[x_0 | x_t] for x_0 ~ N(mean, std^2)."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x - alpha * mean)
+
+
+def gaussian_net(schedule, prediction):
+    """The network that training on this Gaussian would end in."""
+    def net(x, t, y):
+        t = t[:, None, None, None].double()
+        alpha, sigma, x0 = schedule.alpha(t), schedule.sigma(t), gaussian_x0(x, t, schedule)
+        eps = (x - alpha * x0) / sigma
+        return eps if prediction == "eps" else alpha * eps - sigma * x0
+    return net
+
+
+# ---- schedules -----------------------------------------------------------------------------------------------
+
+@each_schedule
+def test_alpha_and_sigma_lie_on_the_unit_circle(schedule):
+    for t in TIMES + [0.0, schedule.t_max]:
+        assert schedule.alpha(t)**2 + schedule.sigma(t)**2 == pytest.approx(1, abs=1e-12), f"at t = {t}"
+
+
+@each_schedule
+def test_time_0_is_the_picture_and_t_max_is_noise(schedule):
+    assert schedule.alpha(0.0) == 1 and schedule.sigma(0.0) == 0
+    assert schedule.alpha(schedule.t_max) < 0.01 and math.isfinite(schedule.lam(schedule.t_max))
+
+
+def test_schedules_end_where_their_comments_say():
+    linear, cosine = SCHEDULES["linear"], SCHEDULES["cosine"]
+    assert linear.lam(linear.t_max) == pytest.approx(-5.02, abs=0.01)
+    assert cosine.alpha(cosine.t_max)**2 == pytest.approx(2e-9, rel=0.2)
+
+
+def test_linear_schedule_is_ddpm_of_a_thousand_steps_in_the_limit():
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
+    ours = torch.tensor([SCHEDULES["linear"].alpha((i + 1) / 1000)**2 for i in range(1000)], dtype=torch.float64)
+    assert (ours - abar).abs().max() < 5e-3
+
+
+def test_cosine_schedule_is_the_formula_of_its_paper():
+    f = [math.cos((t + 0.008) / 1.008 * math.pi / 2)**2 for t in (0, 0.25, 0.5, 0.75)]
+    ours = [SCHEDULES["cosine"].alpha(t)**2 for t in (0.25, 0.5, 0.75)]
+    assert ours == pytest.approx([f_t / f[0] for f_t in f[1:]])
+
+
+@each_schedule
+def test_log_snr_falls_and_t_of_lam_inverts_it(schedule):
+    times = TIMES + [schedule.t_max]
+    lams = [schedule.lam(t) for t in times]
+    assert lams == sorted(lams, reverse=True) and len(set(lams)) == len(lams)
+    assert lams == pytest.approx([math.log(schedule.alpha(t) / schedule.sigma(t)) for t in times])
+    assert [schedule.t_of_lam(lam) for lam in lams] == pytest.approx(times, rel=1e-9)
+
+
+@each_schedule
+@pytest.mark.parametrize("what", ["alpha", "sigma", "lam"])
+def test_tensors_and_floats_get_the_same_schedule(schedule, what):
+    f = getattr(schedule, what)
+    torch.testing.assert_close(f(torch.tensor(TIMES)), torch.tensor([f(t) for t in TIMES]), rtol=1e-4, atol=1e-4)
+
+
+# ---- learning ------------------------------------------------------------------------------------------------
+
+@each_schedule
+def test_x_t_has_the_moments_of_the_forward_process(schedule):
+    x0, t, seen = torch.full((len(TIMES), 3, 100, 100), 0.8), torch.tensor(TIMES), []
+    diffusion.loss(lambda x, t, y: seen.append(x) or x, x0, t, torch.randn_like(x0), None, schedule)
+    for t, x in zip(TIMES, seen[0]):
+        mean, std, sigma = x.mean().item(), x.std().item(), schedule.sigma(t)
+        assert mean == pytest.approx(0.8 * schedule.alpha(t), abs=5 * sigma / x.numel()**0.5), f"mean at t = {t}"
+        assert std == pytest.approx(sigma, rel=5 / (2 * x.numel())**0.5), f"deviation at t = {t}"
+
+
+@each_schedule
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_loss_of_each_image_is_its_squared_distance_from_the_target(schedule, prediction):
+    x0, eps, t, y = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.01, 0.3, 0.6, 0.9]), torch.arange(4)
+    alpha, sigma = (torch.tensor([f(float(s)) for s in t])[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+    target = dict(eps=eps, v=alpha * eps - sigma * x0)[prediction]
+    losses = diffusion.loss(lambda x, t, y: target + y[:, None, None, None], x0, t, eps, y, schedule, prediction)
+    torch.testing.assert_close(losses, torch.tensor([0.0, 1.0, 4.0, 9.0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
+def test_times_are_uniform_after_undoing_the_shift(shift):
+    t = diffusion.draw_times(20_000, shift)
+    assert 0 <= t.min() and t.max() < 1
+    u = (t / (shift - (shift - 1) * t)).sort().values
+    distance = (u - torch.linspace(0, 1, len(u))).abs().max().item()                # Kolmogorov-Smirnov
+    assert distance < 1.95 / len(u)**0.5, f"distance {distance:.4f} from uniform: chance in a thousand"
+
+
+def test_shift_2_favours_the_noisy_half():
+    mean, n = diffusion.draw_times(20_000, 2.0).mean().item(), 20_000
+    assert mean == pytest.approx(2 - 2 * math.log(2), abs=5 * 0.28 / n**0.5)        # the integral of 2u / (1 + u)
+
+
+# ---- from a network to a denoiser ----------------------------------------------------------------------------
+
+@each_schedule
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_denoiser_of_an_exact_network_is_the_exact_denoiser(schedule, prediction):
+    denoise = denoiser(gaussian_net(schedule, prediction), schedule, prediction, clip="none")
+    x = torch.randn(50, 1, 1, 1)
+    for t in [0.01, 0.3, 0.7, 0.9]:
+        torch.testing.assert_close(denoise(x, t), gaussian_x0(x, t, schedule), rtol=1e-3, atol=1e-3)
+
+
+class ClassNet:
+    """Predicts v = class + 1 everywhere, and remembers how many rows it was given."""
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, x, t, y):
+        self.rows.append(len(x))
+        return torch.ones_like(x) * (y + 1.0)[:, None, None, None]
+
+
+def guided(scale, y=(2, 5), null=(9, 9)):
+    """x0 of two pictures under guidance, and the sizes of the batches that the network was called with."""
+    net = ClassNet()
+    denoise = denoiser(net, SCHEDULES["linear"], "v", torch.tensor(y), torch.tensor(null), scale, clip="none")
+    return denoise(torch.zeros(2, 1, 1, 1), 0.5).flatten(), net.rows
+
+
+def test_guidance_of_scale_1_is_the_condition_alone_and_calls_the_network_on_it_alone():
+    x0, rows = guided(scale=1)
+    assert torch.equal(x0, -SCHEDULES["linear"].sigma(0.5) * torch.tensor([3.0, 6.0])) and rows == [2]
+
+
+def test_guidance_of_scale_0_is_unconditional():
+    torch.testing.assert_close(guided(scale=0)[0], guided(scale=1, y=(9, 9))[0])
+
+
+@pytest.mark.parametrize("scale", [-1, 0.5, 2, 7.5])
+def test_guidance_is_linear_in_its_scale_and_one_call_of_twice_the_batch(scale):
+    (zero, _), (one, _), (x0, rows) = guided(0), guided(1), guided(scale)
+    torch.testing.assert_close(x0, zero + scale * (one - zero))
+    assert rows == [4]
+
+
+def test_clip_none_and_static():
+    x0 = torch.tensor([-3.0, -1, 0.2, 1, 3]).view(1, 1, 1, 5)
+    assert torch.equal(diffusion.clip_x0(x0, "none"), x0)
+    assert diffusion.clip_x0(x0, "static").flatten().tolist() == pytest.approx([-1, -1, 0.2, 1, 1])
+
+
+def test_dynamic_clip_scales_each_saturated_picture_by_its_own_percentile():
+    calm, saturated, outlier = torch.full((3, 1, 50, 50), 0.5)
+    saturated[:, ::2] = -2
+    saturated[:, 1::2] = 1
+    outlier[0, 0, 0] = 9                                # one pixel of 2,500 is beyond the percentile: cut, not scaled by
+    x0 = diffusion.clip_x0(torch.stack([calm, saturated, outlier]), "dynamic")
+    assert torch.equal(x0[0], calm)
+    assert torch.equal(x0[1], saturated / 2)
+    assert x0[2].max() == 1 and x0[2].median() == 0.5
+
+
+def test_clip_is_what_the_denoiser_returns():
+    def x0(clip):
+        far = denoiser(lambda x, t, y: -10 * torch.ones_like(x), SCHEDULES["linear"], "v", clip=clip)
+        return far(torch.zeros(1, 1, 2, 2), 0.5).max().item()
+
+    assert x0("none") > 9 and x0("static") == x0("dynamic") == 1
+
+
+# ---- guidance by a classifier ----------------------------------------------------------------------------------
+# Two Gaussians, of which an unguided sampler draws the mixture. Bayes' rule gives the exact classifier of noisy
+# numbers, and guidance by its gradient must turn the mixture into the one component asked for.
+
+WEIGHTS, MEANS, STDS = (torch.tensor(v, dtype=torch.float64).view(2, 1, 1, 1, 1) for v in ([0.3, 0.7], [-0.6, 0.5], [0.2, 0.3]))
+
+
+def log_posterior(x, t, schedule):
+    """log p(component | x_t), (2, N, 1, 1, 1)."""
+    alpha, std = schedule.alpha(t), (schedule.alpha(t)**2 * STDS**2 + schedule.sigma(t)**2).sqrt()
+    return (WEIGHTS.log() - std.log() - ((x - alpha * MEANS) / std)**2 / 2).log_softmax(dim=0)
+
+
+def mixture_x0(x, t, schedule):
+    return (log_posterior(x, t, schedule).exp() * gaussian_x0(x, t, schedule, MEANS, STDS)).sum(dim=0)
+
+
+def mixture_net(schedule):
+    """Predicts eps exactly; t is the same in all rows."""
+    def net(x, t, y):
+        t = float(t[0])
+        return (x - schedule.alpha(t) * mixture_x0(x, t, schedule)) / schedule.sigma(t)
+    return net
+
+
+def classifier(component, schedule):
+    """cond_fn: the gradient of the log-probability of a component, by autograd as with any classifier."""
+    return lambda x, t: torch.autograd.grad(log_posterior(x, t, schedule)[component].sum(), x)[0]
+
+
+def draw_from_mixture(schedule, cond_fn=None):
+    denoise = denoiser(mixture_net(schedule), schedule, clip="none", cond_fn=cond_fn)
+    return diffusion.sample(denoise, lambda: normal_quantiles(1000), schedule, "dpm", steps=100)
+
+
+@each_schedule
+def test_without_a_classifier_both_components_are_drawn(schedule):
+    x = draw_from_mixture(schedule)
+    assert x.mean().item() == pytest.approx(0.3 * -0.6 + 0.7 * 0.5, abs=0.01)
+
+
+@each_schedule
+@pytest.mark.parametrize("component", [0, 1])
+def test_an_exact_classifier_picks_out_its_component(schedule, component):
+    x = draw_from_mixture(schedule, classifier(component, schedule))
+    assert x.mean().item() == pytest.approx(MEANS[component].item(), rel=0.02)
+    assert x.var().item() == pytest.approx(STDS[component].item()**2, rel=0.02)
+
+
+def test_cond_scale_multiplies_the_push_of_the_classifier():
+    schedule, x = SCHEDULES["linear"], torch.randn(5, 1, 1, 1)
+    push = [denoiser(mixture_net(schedule), schedule, clip="none", cond_fn=classifier(0, schedule), cond_scale=s)(x, 0.5)
+            - mixture_x0(x, 0.5, schedule) for s in (1.0, 3.0)]
+    assert push[0].abs().max() > 0.01
+    torch.testing.assert_close(push[1], 3 * push[0], rtol=1e-3, atol=1e-5)
+
+
+# ---- grids and samplers ----------------------------------------------------------------------------------------
+
+@each_schedule
+@pytest.mark.parametrize("grid", [diffusion.uniform_times, diffusion.logsnr_times])
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_grids_fall_from_t_max_to_0_in_as_many_steps_as_asked(schedule, grid, steps):
+    times = grid(schedule, steps)
+    assert len(times) == steps + 1 and times[0] == schedule.t_max and times[-1] == 0
+    assert times == sorted(set(times), reverse=True)
+
+
+@each_schedule
+@pytest.mark.parametrize("grid, even", [("uniform_times", "time"), ("logsnr_times", "lam")])
+def test_grids_are_even_in_what_their_names_say(schedule, grid, even):
+    inner = getattr(diffusion, grid)(schedule, 20)[:-1]                 # without the last step, to 0 itself
+    marks = inner if even == "time" else [schedule.lam(t) for t in inner]
+    gaps = [a - b for a, b in zip(marks, marks[1:])]
+    assert gaps == pytest.approx([gaps[0]] * 19, rel=1e-6) and inner[-1] == pytest.approx(diffusion.T_MIN)
+
+
+def solver_error(sampler, schedule, steps):
+    """How far the probability-flow ODE of the Gaussian is missed at T_MIN; its exact solution keeps each row's quantile."""
+    times = diffusion.logsnr_times(schedule, steps + 1)[:-1]            # the step from T_MIN to 0 has an error of its own
+
+    def exact(t):
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return alpha * MEAN + math.sqrt(alpha**2 * STD**2 + sigma**2) * normal_quantiles(9)
+
+    x = SAMPLERS[sampler][0](lambda x, t: gaussian_x0(x, t, schedule), exact(times[0]), times, schedule)
+    return (x - exact(times[-1])).abs().max().item()
+
+
+@each_schedule
+@pytest.mark.parametrize("sampler, least, most", [("ddim", 0.85, 1.15), ("dpm", 1.7, 2.3)])
+def test_solvers_have_the_order_they_claim(sampler, least, most, schedule):
+    errors = [solver_error(sampler, schedule, steps) for steps in (40, 80, 160)]
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert all(least < order < most for order in orders), f"errors {errors}, orders {orders}"
+
+
+@each_schedule
+def test_euler_maruyama_draws_the_mean_and_deviation_of_the_data(schedule):
+    n, denoise = 20_000, lambda x, t: gaussian_x0(x, t, schedule)
+    x = diffusion.sample(denoise, lambda: torch.randn(n, 1, 1, 1), schedule, "em", steps=500)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert x.std().item() == pytest.approx(STD, rel=0.03)
+
+
+@each_schedule
+@each_sampler
+def test_all_samplers_land_on_the_only_picture_there_is(schedule, sampler):
+    picture = torch.rand(3, 8, 8) * 2 - 1
+    x = diffusion.sample(lambda x, t: picture.expand_as(x), ImageNoise(range(4), picture.shape), schedule, sampler, steps=20)
+    assert (x - picture).abs().max() < 1e-3
+
+
+@each_sampler
+def test_the_same_seed_draws_the_same_and_another_another(sampler):
+    def draw(seed):
+        noise = ImageNoise(data.image_seeds(seed, range(4)), (1, 1, 1))
+        return diffusion.sample(lambda x, t: gaussian_x0(x, t, SCHEDULES["cosine"]), noise, SCHEDULES["cosine"], sampler, 10)
+
+    assert torch.equal(draw(0), draw(0))
+    assert (draw(0) != draw(1)).all()
+
+
+# ---- noise ---------------------------------------------------------------------------------------------------
+
+def test_noise_of_an_image_does_not_depend_on_its_batch():
+    """Nor does the second call, which Euler-Maruyama makes."""
+    together, alone = ImageNoise([5, 6, 7], (3, 4, 4)), ImageNoise([6], (3, 4, 4))
+    for _ in range(2):
+        assert torch.equal(together()[1], alone()[0])
+
+
+def test_noise_differs_between_images_and_between_calls():
+    noise = ImageNoise(data.image_seeds(0, range(50)), (3, 4, 4))
+    rows = torch.cat([noise(), noise()]).flatten(1)
+    assert len(rows.unique(dim=0)) == 100
+    assert rows.mean().abs() < 0.1 and rows.std() == pytest.approx(1, abs=0.1)
+
+
+def test_fifty_thousand_images_have_as_many_seeds():
+    for seed in (0, 1, 2**31):
+        assert len(set(data.image_seeds(seed, range(50_000)))) == 50_000

@@ -1,0 +1,224 @@
+"""sample.py: pictures from a checkpoint alone, the same however they are computed."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sample
+from conftest import TINY, command, tiny
+
+
+@pytest.fixture(scope="session")
+def ckpt(datasets, tmp_path_factory):
+    """The checkpoint of a tiny class-conditional run of a few large steps."""
+    out = tmp_path_factory.mktemp("run")
+    command("train.py", *tiny("uvit"), "--data-dir", datasets, "--out", out, "--steps", 2, "--lr", 0.02, "--samples", 4)
+    return out / "ckpt.pt"
+
+
+@pytest.fixture
+def drawn(ckpt, tmp_path, monkeypatch):
+    """drawn("--cfg", 3) is `python sample.py --cfg 3` with that checkpoint, in this process, in an empty folder: six
+    pictures, unless told otherwise. Returns pictures (N, S, S, 3) and classes (N,)."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                                    # as `command` has
+
+    def run(*flags):
+        argv = ["--ckpt", ckpt, "--n", 6, "--device", "cpu", "--dtype", "float32", "--npz", "drawn.npz", *flags]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
+        sample.main()
+        with np.load("drawn.npz") as npz:
+            return npz["arr_0"], npz.get("arr_1")
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def altered(ckpt, tmp_path):
+    """altered(model="unet") is the path of a copy of the checkpoint whose config says so."""
+    def copy(**config):
+        whole = data.read_checkpoint(ckpt)
+        whole["config"].update(config)
+        torch.save(whole, tmp_path / "altered.pt")
+        return tmp_path / "altered.pt"
+
+    return copy
+
+
+def grey_levels(a, b):
+    """The largest difference of two stacks of pictures."""
+    return int(abs(a.astype(int) - b).max())
+
+
+# ---- what it writes --------------------------------------------------------------------------------------
+
+def test_a_png_is_one_sheet_of_all_pictures(drawn):
+    pictures, _ = drawn("--n", 7, "--out", "sheets/sheet.png")
+    sheet = np.asarray(data.grid(pictures.transpose(0, 3, 1, 2), columns=3))
+    assert np.array_equal(np.asarray(Image.open("sheets/sheet.png")), sheet)
+
+
+def test_any_other_out_is_a_folder_of_single_pngs(drawn):
+    pictures, _ = drawn("--out", "pictures")
+    files = sorted(os.listdir("pictures"))
+    assert files == [f"{i:06d}.png" for i in range(6)]
+    assert np.array_equal(pictures, np.stack([Image.open(f"pictures/{file}") for file in files]))
+
+
+def test_the_npz_holds_pictures_and_the_classes_asked_for(drawn):
+    pictures, classes = drawn("--n", 27)
+    assert pictures.shape == (27, 32, 32, 3) and pictures.dtype == np.uint8
+    assert classes.tolist() == [*range(24), 0, 1, 2], "not class i mod 24"
+    assert drawn("--classes", "3,5")[1].tolist() == [3, 5, 3, 5, 3, 5]
+
+
+def test_score_says_how_many_pictures_show_what_was_asked(drawn, capsys):
+    pictures, classes = drawn("--score")
+    score = data.score_shapes(pictures.transpose(0, 3, 1, 2), classes)
+    assert f"of 6 pictures, {score['both']:.1f}% show the asked shape and colour" in capsys.readouterr().out
+
+
+# ---- what a picture depends on ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_a_picture_is_the_same_in_another_batch(drawn, sampler):
+    together, apart = (drawn("--sampler", sampler, "--steps", 8, "--batch", batch)[0] for batch in (6, 1))
+    assert grey_levels(together, apart) <= 2, f"they differ by {grey_levels(together, apart)} grey levels"
+
+
+def test_a_picture_is_the_same_to_the_last_bit_at_any_number_of_processes(drawn, ckpt, tmp_path):
+    flags = ["--n", 6, "--batch", 2, "--sampler", "em"]
+    one, classes = drawn(*flags)
+    command("sample.py", "--ckpt", ckpt, "--device", "cpu", "--dtype", "float32", *flags, "--npz", "two.npz",
+            cwd=tmp_path, processes=2)
+    with np.load(tmp_path / "two.npz") as two:
+        assert np.array_equal(two["arr_0"], one), f"they differ by {grey_levels(two['arr_0'], one)} grey levels"
+        assert np.array_equal(two["arr_1"], classes)
+
+
+@pytest.mark.parametrize("flags", [
+    "--seed 1", "--classes 7", "--sampler em", "--sampler ddim", "--steps 3", "--cfg 1", "--cfg 9", "--clip none",
+    "--clip dynamic", "--weights raw", "--dtype bfloat16"])
+def test_a_flag_changes_the_pictures(drawn, flags):
+    plain, other = drawn()[0], drawn(*flags.split())[0]
+    assert grey_levels(plain, other) > 0, f"{flags} changes nothing"
+
+
+def test_flags_that_are_not_given_are_those_of_the_training(drawn, ckpt):
+    config = data.read_checkpoint(ckpt)["config"]
+    flags = [word for name, key in dict(sampler="sampler", steps="sample_steps", cfg="cfg", clip="clip").items()
+             for word in ("--" + name, config[key])]
+    assert grey_levels(drawn()[0], drawn(*flags)[0]) == 0, f"not {flags}"
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("weights, key", [("ema", "ema"), ("raw", "model")])
+def test_load_gives_a_notebook_the_network_and_its_config(ckpt, weights, key):
+    net, config = sample.load(ckpt, weights)
+    whole = data.read_checkpoint(ckpt)
+    assert config == whole["config"] and not net.training
+    assert all(torch.equal(value, whole[key][name]) for name, value in net.state_dict().items())
+    assert net(torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([0, 24])).shape == (2, 3, 32, 32)
+
+
+def test_the_newest_run_is_taken(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(["newest", "older", "oldest"]):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "ckpt.pt").touch()
+        os.utime(folder / "ckpt.pt", (1e9 - age, 1e9 - age))
+    assert sample.newest_run() == Path("runs/newest/ckpt.pt")
+
+
+def test_an_unconditional_model_takes_no_classes(drawn, altered):
+    net = sample.UViT(img_size=32, **TINY["uvit"])
+    path = altered(cond="none")
+    torch.save(dict(data.read_checkpoint(path), ema=net.state_dict()), path)
+    assert drawn("--ckpt", path)[1] is None
+    for flags in (["--classes", "1"], ["--cfg", 2], ["--score"]):
+        with pytest.raises(data.UserError, match=flags[0]):
+            drawn("--ckpt", path, *flags)
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------
+
+def test_without_any_run_it_says_how_to_get_one(tmp_path):
+    printed = command("sample.py", cwd=tmp_path, code=2)
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and "python train.py" in printed, printed
+    assert not list(tmp_path.iterdir()), "it wrote something"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--classes 24", "0..23"), ("--classes 3,-1", "0..23"), ("--classes red", "numbers, like 3,5"),
+    ("--classes 3,,5", "numbers, like 3,5"), ("--n 0", "at least 1"), ("--batch 0", "at least 1"),
+    ("--steps 0", "at least 1"), ("--seed -1", "not negative"), ("--n many", "int"), ("--cfg much", "float"),
+    ("--sampler euler", "em, ddim, dpm"), ("--clip hard", "none, static, dynamic"), ("--weights best", "ema, raw"),
+    ("--device tpu", "auto, cpu, cuda, mps"), ("--dtype float16", "auto, float32, bfloat16"),
+    ("--prompts cat", "--prompts cat"), ("--ckpt nowhere.pt", "nowhere.pt")])
+def test_a_mistake_in_a_flag_is_answered_by_what_is_allowed(drawn, flags, says):
+    with pytest.raises(data.UserError) as mistake:
+        drawn(*flags.split())
+    assert says in str(mistake.value).replace("'", ""), f"{flags!r} is answered: {mistake.value}"
+    assert not os.listdir(), "it wrote something"
+
+
+def text(file, ckpt):
+    file.write_text("not a checkpoint")
+
+
+def truncated(file, ckpt):
+    file.write_bytes(ckpt.read_bytes()[:ckpt.stat().st_size // 2])
+
+
+def another_program(file, ckpt):
+    torch.save(dict(state_dict={"weight": torch.zeros(3)}), file)
+
+
+def with_another_config(file, ckpt):
+    torch.save(dict(config=dict(lr=1), model={}, ema={}), file)
+
+
+def a_list(file, ckpt):
+    torch.save([1, 2], file)
+
+
+def a_folder(file, ckpt):
+    file.mkdir()
+
+
+@pytest.mark.parametrize("write", [text, truncated, another_program, with_another_config, a_list, a_folder])
+def test_a_file_that_is_no_checkpoint_is_one_message(drawn, ckpt, tmp_path, write):
+    write(tmp_path / "wrong.pt", ckpt)
+    with pytest.raises(data.UserError, match="wrong.pt"):
+        drawn("--ckpt", "wrong.pt")
+    assert os.listdir() == ["wrong.pt"]
+
+
+@pytest.mark.parametrize("config", [
+    dict(model="unet"), dict(model="iuvit"), dict(model="vit"), dict(net=dict(TINY["uvit"], dim=64)),
+    dict(net=dict(TINY["uvit"], width=64)), dict(cond="none"), dict(info=dict(size=64, classes=["a"], flip=False))],
+    ids=str)
+def test_a_checkpoint_of_another_model_is_one_message(drawn, altered, config):
+    with pytest.raises(data.UserError, match="altered.pt does not fit this code"):
+        drawn("--ckpt", altered(**config))
+
+
+def test_only_pictures_of_shapes_are_scored(drawn, altered):
+    with pytest.raises(data.UserError, match="--score.*emoji64"):
+        drawn("--ckpt", altered(data="emoji64"), "--score")
+
+
+@pytest.mark.parametrize("flag", ["--out", "--npz"])
+def test_a_place_that_cannot_be_written_to_is_one_message(drawn, tmp_path, flag):
+    (tmp_path / "file").touch()
+    with pytest.raises(data.UserError, match="file"):
+        drawn(flag, "file/pictures.png" if flag == "--out" else "file/pictures.npz")

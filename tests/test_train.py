@@ -1,0 +1,473 @@
+"""train.py: what a run promises, from its flags to the folder it leaves, in networks that train in a second."""
+import csv
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import diffusion
+import train
+from conftest import ROOT, command, tiny
+
+
+@pytest.fixture(autouse=True)
+def leave_this_process_as_it_was():
+    """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it should not notice.
+
+    One thread, as `command` has: sums depend on how many there are, and tiny networks are no faster with two."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    threads, precision, flash = torch.get_num_threads(), torch.get_float32_matmul_precision(), \
+        torch.backends.cuda.flash_sdp_enabled()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_flash_sdp(flash)
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+def flags_of(model, datasets, out, **net):
+    """A tiny run of two steps; what is appended to it wins."""
+    return [*tiny(model, **net), "--data-dir", datasets, "--out", out, "--steps", 2, "--log-every", 1, "--samples", 4]
+
+
+@pytest.fixture
+def trained(datasets, tmp_path, monkeypatch):
+    """trained("--lr", 1) is `python train.py --lr 1` with a tiny network, in this process, in an empty folder: two
+    steps into run/, unless told otherwise. Returns the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, model="uvit", out="run", **net):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags_of(model, datasets, out, **net), *flags])])
+        train.main()
+        return data.read_checkpoint(Path(out, "ckpt.pt"))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos(datasets, tmp_path_factory):
+    """A set of one's own: a dozen pictures of 16 x 16, two classes, and training may mirror them."""
+    src = tmp_path_factory.mktemp("photos")
+    for i, image in enumerate(data.draw_shapes(range(12), 16)[0]):
+        folder = src / ("odd" if i % 2 else "even")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i}.png")
+    data.prepare("photos", str(datasets), str(src), size=16)
+    return "photos"
+
+
+def column(name, out="run"):
+    """One column of log.csv, as numbers."""
+    with open(Path(out, "log.csv")) as f:
+        return [float(row[name]) for row in csv.DictReader(f)]
+
+
+def contents(out="run"):
+    """Every file of a folder, to see that nothing in it changes."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(Path(out).rglob("*")) if path.is_file()}
+
+
+def differences(a, b, at=""):
+    """Where two checkpoints, or parts of them, are not equal to the last bit: {place: by how much}."""
+    if isinstance(a, (dict, list)):
+        assert type(a) is type(b) and len(a) == len(b), f"{at}: {len(a)} entries and {len(b)}"
+        keys = a if isinstance(a, dict) else range(len(a))
+        return {place: by for k in keys for place, by in differences(a[k], b[k], f"{at}/{k}").items()}
+    if torch.is_tensor(a):
+        return {} if torch.equal(a, b) else {at: (a - b).abs().max().item() if a.shape == b.shape else "another shape"}
+    return {} if a == b else {at: (a, b)}
+
+
+def state(ckpt):
+    """What a run continues from: all but the clock and the flags."""
+    return {key: ckpt[key] for key in ("model", "ema", "opt", "step")}
+
+
+class Calls:
+    """In place of a function: counts its calls, and does something else at the nth."""
+
+    def __init__(self, function, at=None, instead=None):
+        self.function, self.at, self.instead, self.count = function, at, instead, 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        return (self.instead if self.count == self.at else self.function)(*args, **kwargs)
+
+
+# ---- it learns -------------------------------------------------------------------------------------------
+
+def test_eight_pictures_are_learnt_by_heart(trained):
+    data.prepare("shapes", "eight", limit=8)
+    trained("--data-dir", "eight", "--steps", 300, "--lr", 3e-3, "--time-shift", 3, model="unet")
+    loss = column("loss")
+    start, end = loss[0], sum(loss[-50:]) / 50
+    assert end < start / 10, f"the loss fell from {start:.3f} to {end:.3f} only"
+
+
+def test_accumulated_gradients_give_the_same_loss(trained):
+    trained("--steps", 4, "--lr", 1e-2, out="whole")
+    trained("--steps", 4, "--lr", 1e-2, "--accum", 4, out="parts")
+    assert column("loss", "parts") == pytest.approx(column("loss", "whole"), rel=1e-4)
+
+
+def test_the_average_has_a_short_memory_while_the_run_is_young(trained):
+    average = trained("--steps", 1, "--lr", 1e-30, out="start")["model"]        # a rate that moves nothing
+    for step in range(4):
+        ckpt = trained("--steps", step + 1, "--ema", 0.15)
+        decay = min(0.15, (1 + step) / (10 + step))                             # 0.1, then 0.15
+        average = {k: decay * average[k] + (1 - decay) * ckpt["model"][k] for k in average}
+        torch.testing.assert_close(ckpt["ema"], average, msg=lambda text: f"step {step}, decay {decay}: {text}")
+
+
+def test_the_learning_rate_rises_in_a_line_and_then_stays(trained):
+    trained("--steps", 6, "--warmup", 4, "--lr", 0.01)
+    assert column("lr") == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def test_the_loss_is_logged_in_four_bins_of_time(trained):
+    trained("--time-shift", 1e6)                                                # nearly every t is nearly 1
+    last, *others = (column(f"loss_t{i}") for i in (3, 0, 1, 2))
+    assert last == column("loss"), f"{last} is not all of {column('loss')}"
+    assert all(math.isnan(loss) for bin in others for loss in bin), others
+
+
+# ---- it stops and goes on --------------------------------------------------------------------------------
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, photos):
+    """With all that draws random numbers: dropout, dropped conditions, mirrored pictures, the order of two epochs."""
+    setup = dict(model="unet", dropout=0.2)
+    whole = trained("--data", photos, "--steps", 4, out="whole", **setup)
+    trained("--data", photos, "--steps", 2, out="halves", **setup)
+    halves = trained("--data", photos, "--steps", 4, "--workers", 1, out="halves", **setup)
+    assert differences(state(whole), state(halves)) == {}
+    assert column("loss", "whole") == column("loss", "halves")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_is_told_to_stop_finishes_its_step_and_resumes_to_the_same_bits(trained, monkeypatch, capsys, name):
+    whole = trained("--steps", 4, out="whole")
+
+    def told_to_stop(*args):
+        signal.raise_signal(getattr(signal, name))
+        return loss(*args)
+
+    loss = diffusion.loss
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion, "loss", Calls(loss, at=3, instead=told_to_stop))
+        assert trained("--steps", 4)["step"] == 3
+    assert "stopped at step 3; the same command resumes" in capsys.readouterr().out
+    assert differences(state(whole), state(trained("--steps", 4))) == {}
+
+
+def test_ctrl_c_in_a_terminal_ends_the_process_with_exit_code_0(datasets, tmp_path):
+    argv = flags_of("uvit", datasets, tmp_path / "run", ) + ["--steps", 10**6, "--workers", 1]
+    run = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], stderr=subprocess.PIPE, text=True,
+                           stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    while run.poll() is None and not (tmp_path / "run" / "log.csv").exists():
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)                                           # a terminal tells the workers, too
+    out, err = run.communicate(timeout=60)
+    steps, saved = column("step", tmp_path / "run"), data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"]
+    assert run.returncode == 0 and "Traceback" not in err, f"exit code {run.returncode}\n{out}\n{err}"
+    assert saved == steps[-1], f"saved at step {saved}, logged until {steps[-1]}"
+
+
+def test_rows_of_the_log_beyond_the_checkpoint_are_dropped(trained):
+    trained("--steps", 2)
+    with open("run/log.csv", "a") as f:
+        f.write("3,9,9,9,9,9,9,9,9,9\n4,9,9")                                   # a process that was killed, mid-line
+    trained("--steps", 4)
+    assert column("step") == [1, 2, 3, 4] and 9 not in column("loss")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained, capsys):
+    trained()
+    before = contents()
+    trained()
+    assert "run is finished at step 2" in capsys.readouterr().out
+    assert contents() == before
+
+
+def test_a_folder_that_holds_another_run_is_refused_with_the_difference(trained):
+    trained("--lr", 0.25)
+    before = contents()
+    with pytest.raises(data.UserError, match="lr: 0.25 there, 0.5 asked.*--fresh"):
+        trained("--lr", 0.5)
+    assert contents() == before
+
+
+def test_fresh_moves_the_old_run_aside_whole(trained):
+    old = {}
+    for i in (1, 2):
+        trained("--seed", i)
+        old[f"run-old{i}"] = contents()
+        trained("--seed", i + 1, "--fresh")
+        assert {name: contents(name) for name in old} == old
+        assert column("step") == [1, 2]
+
+
+def test_a_truncated_checkpoint_is_refused_and_not_overwritten(trained):
+    trained()
+    file = Path("run/ckpt.pt")
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+    before = contents()
+    with pytest.raises(data.UserError, match="cannot read the checkpoint run/ckpt.pt"):
+        trained("--steps", 4)
+    assert contents() == before
+
+
+def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint_whole(trained, monkeypatch):
+    def full_disk(tensors, file):
+        file.write(b"the first half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", Calls(torch.save, at=2, instead=full_disk))
+    with pytest.raises((OSError, data.UserError), match="no space left"):
+        trained("--steps", 4, "--save-every", 2)
+    assert data.read_checkpoint("run/ckpt.pt")["step"] == 2
+    assert not list(Path("run").glob("*.part"))
+
+
+# ---- what it leaves --------------------------------------------------------------------------------------
+
+def test_the_folder_of_a_run_holds_what_the_readme_says(trained):
+    ckpt = trained("--steps", 4, "--sample-every", 2)
+    assert sorted(contents()) == ["ckpt.pt", "config.json", "log.csv", "samples/progress.png",
+                                  "samples/step_0000002.png", "samples/step_0000004.png"]
+    assert sorted(ckpt) == ["config", "ema", "model", "opt", "seconds", "step"]
+    assert json.loads(Path("run/config.json").read_text()) == ckpt["config"]
+    sheet, progress = (Image.open(f"run/samples/{name}.png") for name in ("step_0000004", "progress"))
+    assert sheet.width == progress.width and progress.height == 2 * (sheet.width // 4), (sheet.size, progress.size)
+
+
+def test_every_sheet_starts_from_the_same_noise_and_classes(trained):
+    trained("--steps", 2, "--lr", 1e-30, "--sample-every", 1)
+    first, last = (Path(f"run/samples/step_000000{i}.png").read_bytes() for i in (1, 2))
+    assert first == last, "two sheets of a network that does not change differ"
+
+
+def test_the_first_line_says_what_is_trained_and_how_the_paper_trained_it(trained, capsys):
+    trained()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert all(word in first for word in ("uvit", "200 pictures of shapes", "32x32")), first
+    assert "torchrun --nproc_per_node=8 train.py --model uvit" in first
+
+
+def test_a_dry_run_counts_exactly_and_needs_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", "train.py --model uvit --data cifar10 --dry-run".split())
+    train.main()
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["params"] == 44_255_328 and printed["gflops"] == pytest.approx(24.4, rel=0.01)
+    assert {field.name for field in dataclasses.fields(train.Config)} < set(printed)
+    assert not list(tmp_path.iterdir()), "it wrote something"
+
+
+# ---- several processes -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_ascend_under_torchrun_has_the_loss_curve_of_one_process(trained, datasets, photos, accum):
+    setup = ["--data", photos, "--steps", 4]
+    trained(*setup, model="ascend", out="one")
+    command("train.py", *flags_of("ascend", datasets, "two"), *setup, "--accum", accum, cwd=".", processes=2)
+    one, two = column("loss", "one"), column("loss", "two")
+    assert two == pytest.approx(one, rel=1e-4), f"one process: {one}, two: {two}"
+
+
+KEEP_THE_WEIGHTS_OF_EVERY_RANK = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+nets, build = [], train.build
+train.build = lambda *args: nets.append(build(*args)) or nets[-1]
+train.main()
+torch.save(nets[0].state_dict(), "rank" + os.environ["RANK"] + ".pt")
+"""
+
+
+def test_all_ranks_hold_identical_weights_although_each_drops_out_its_own(datasets, photos, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(KEEP_THE_WEIGHTS_OF_EVERY_RANK)
+    argv = [*flags_of("unet", datasets, "run", dropout=0.2), "--data", photos, "--steps", 3, "--accum", 2]
+    command(driver, *argv, cwd=tmp_path, processes=2)
+    first, second = (torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1))
+    assert differences(first, second) == {}
+    assert differences(first, data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["model"]) == {}
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(data.UserError, match="--batch 8 does not divide among 2 processes x 3.*: 6"):
+        trained("--batch", 8, "--accum", 3)
+    assert not Path("run").exists()
+
+
+# ---- flags -----------------------------------------------------------------------------------------------
+
+def config(*argv):
+    return train.parse(list(map(str, argv)))[0]
+
+
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_a_preset_overrides_the_defaults_and_the_command_line_both(name):
+    row = train.PRESETS[name]
+    defaults = dict(dataclasses.asdict(train.Config()), preset=name, out=f"runs/{name}")
+    assert dataclasses.asdict(config("--preset", name)) == {**defaults, **row}
+    assert config("--preset", name, "--lr", 7, "--batch", 24).lr == 7
+    assert config("--preset", name).batch % 8 == 0, "eight GPUs cannot share it"
+
+
+def test_net_changes_the_arguments_it_names_and_keeps_the_others():
+    row = train.PRESETS["unet-shapes"]["net"]
+    assert config("--net", '{"dim": 96}').net == {**row, "dim": 96}
+
+
+@pytest.mark.parametrize("argv, preset", [
+    ("", "unet-shapes"), ("--model uvit", "uvit-shapes"), ("--model ascend --data cifar10", "ascend-cifar10"),
+    ("--data emoji64 --model iuvit", "iuvit-emoji64"), ("--data shapes64", "unet-emoji64")])
+def test_without_preset_the_first_that_fits_or_that_of_the_nearest_size_is_taken(argv, preset):
+    assert config(*argv.split()).preset == preset
+
+
+def weights(out):
+    return data.read_checkpoint(f"{out}/ckpt.pt")["model"]
+
+
+def average(out):
+    return data.read_checkpoint(f"{out}/ckpt.pt")["ema"]
+
+
+def sheet(out):
+    return Path(out, "samples", "step_0000002.png").read_bytes()
+
+
+def rows(out):
+    return column("step", out)
+
+
+def sheets(out):
+    return len(list(Path(out, "samples").iterdir()))
+
+
+EFFECTS = dict(                         # another value of a field, and what it must change
+    cond=("none", sheet), net=('{"depth": 1}', sheet), schedule=("cosine", weights), prediction=("eps", weights),
+    time_shift=(9, weights), drop=(0.9, weights), steps=(1, rows), batch=(4, weights), lr=(0.1, weights),
+    warmup=(9, weights), weight_decay=(9, weights), beta1=(0.1, weights), beta2=(0.1, weights), ema=(0.01, average),
+    grad_clip=(1e-4, weights), samples=(5, sheet), sampler=("em", sheet), sample_steps=(3, sheet), cfg=(9, sheet),
+    clip=("none", sheet), seed=(5, weights), dtype=("bfloat16", weights), log_every=(2, rows), sample_every=(1, sheets))
+
+
+@pytest.mark.parametrize("field", EFFECTS)
+def test_a_flag_has_an_effect(trained, field):
+    value, look = EFFECTS[field]
+    trained("--lr", 0.02, out="plain")
+    trained("--lr", 0.02, "--" + field.replace("_", "-"), value, out="other")
+    plain, other = look("plain"), look("other")
+    same = not differences(plain, other) if look in (weights, average) else plain == other
+    assert not same, f"--{field} {value} changes nothing in {look.__name__}"
+
+
+def test_accum_divides_a_step_into_micro_batches(trained, monkeypatch):
+    monkeypatch.setattr(diffusion, "loss", Calls(diffusion.loss))
+    trained("--steps", 3, "--accum", 4)
+    assert diffusion.loss.count == 12
+
+
+def test_workers_read_the_batches_in_processes_of_their_own(trained, monkeypatch):
+    here, read = [], data.Batches.__getitem__
+    monkeypatch.setattr(data.Batches, "__getitem__", lambda self, step: here.append(step) or read(self, step))
+    trained("--workers", 1, out="ahead")
+    assert here == [], f"steps {here} were read by the process that trains"
+    trained()
+    assert here == [0, 1]
+
+
+def test_save_every_decides_how_often_the_checkpoint_is_written(trained, monkeypatch):
+    monkeypatch.setattr(torch, "save", Calls(torch.save))
+    trained("--steps", 5, "--save-every", 2)
+    assert torch.save.count == 3                                                # after steps 2, 4 and the last
+
+
+@pytest.mark.parametrize("flags, times", [(["--compile"], 1), (["--no-compile"], 0), ([], 0)], ids=str)
+def test_compile_is_asked_for_on_a_cpu(trained, monkeypatch, flags, times):
+    monkeypatch.setattr(torch, "compile", Calls(lambda net: net))
+    trained(*flags)
+    assert torch.compile.count == times
+
+
+def test_device_names_where_to_train(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(diffusion, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    trained("--device", "mps")
+    assert asked == ["mps"]
+
+
+def test_no_field_of_the_config_is_without_a_test_of_its_flag():
+    tested_by_name = {"preset", "model", "data", "out", "data_dir", "accum", "workers", "save_every", "compile", "device"}
+    assert tested_by_name | set(EFFECTS) == {field.name for field in dataclasses.fields(train.Config)}
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, says", [
+    # names
+    ("--stepz 5", "--stepz 5"), ("--step 5", "--step 5"), ("uvit", "uvit"), ("--steps", "expected one argument"),
+    ("--preset none", "unet-shapes, uvit-shapes"), ("--model vit", "unet, uvit, iuvit, ascend"),
+    ("--data nowhere", "shapes, shapes64, emoji64"), ("--data ../shapes", "cannot name a data set"),
+    ("--cond caption", "none, class"), ("--data emoji64 --cond class", "--cond none"),
+    ("--schedule square", "linear, cosine"), ("--prediction x0", "eps, v"), ("--sampler euler", "em, ddim, dpm"),
+    ("--clip hard", "none, static, dynamic"), ("--device tpu", "auto, cpu, cuda, mps"),
+    ("--dtype float16", "auto, float32, bfloat16"), ("--net 5", "JSON object"), ("--net {dim:64}", "JSON object"),
+    # numbers
+    ("--steps 1e4", "int"), ("--lr fast", "float"), ("--steps 0", "above 0"), ("--batch -8", "above 0"),
+    ("--accum 0", "above 0"), ("--lr 0", "above 0"), ("--lr nan", "above 0"), ("--grad-clip 0", "above 0"),
+    ("--time-shift 0", "above 0"), ("--samples 0", "above 0"), ("--sample-steps 0", "above 0"),
+    ("--log-every 0", "above 0"), ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
+    ("--drop 1", "[0, 1)"), ("--drop -0.1", "[0, 1)"), ("--ema 1", "[0, 1)"), ("--beta1 1", "[0, 1)"),
+    ("--beta2 2", "[0, 1)"), ("--warmup -1", "not negative"), ("--workers -1", "not negative"),
+    ("--weight-decay -1", "not negative"), ("--seed -1", "not negative"), ("--drop 0 --cfg 2", "--cfg 1")])
+def test_a_mistake_in_a_flag_is_answered_by_what_is_allowed(argv, says):
+    with pytest.raises(data.UserError) as mistake:
+        config(*argv.split())
+    assert says in str(mistake.value).replace("'", ""), f"{argv!r} is answered: {mistake.value}"
+
+
+@pytest.mark.parametrize("model, net", [
+    ("uvit", dict(depth=4)), ("uvit", dict(patch_size=5)), ("uvit", dict(dim=33)), ("uvit", dict(heads=0)),
+    ("uvit", dict(dim="wide")), ("uvit", dict(width=8)), ("unet", dict(dim=33)), ("unet", dict(dim_mults=[])),
+    ("unet", dict(dim_mults=[1] * 7)), ("unet", dict(dropout=2)), ("ascend", dict(window=3))], ids=str)
+def test_a_network_that_cannot_be_built_is_one_message(trained, model, net):
+    with pytest.raises(data.UserError, match=f"{model} on shapes, 32 pixels: "):
+        trained(model=model, **net)
+    assert not Path("run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test asks for")
+def test_a_device_that_is_not_here_is_one_message(trained):
+    with pytest.raises(data.UserError, match="cuda"):
+        trained("--device", "cuda")
+
+
+def test_an_out_that_is_a_file_is_refused_and_kept(trained):
+    Path("run").write_text("mine")
+    with pytest.raises(data.UserError, match="--out run"):
+        trained()
+    assert Path("run").read_text() == "mine"
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    printed = command("train.py", "--steps", "many", cwd=tmp_path, code=2)
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and "--steps" in printed, printed
+    assert not list(tmp_path.iterdir()), "it wrote something"
