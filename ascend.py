@@ -1,13 +1,13 @@
-"""ASCEND, the paper's ASymmetriC ENcoder Decoder (arXiv 2212.13771, Sec. 5): hierarchical like a U-Net, with a
-strong Swin Transformer encoder (Liu et al., arXiv 2103.14030) and a light decoder of ADM's convolutional blocks.
+"""ASCEND, the paper's ASymmetriC ENcoder Decoder (arXiv 2212.13771, Sec. 5): hierarchical like a U-Net, with an
+encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder of ADM's convolutional blocks.
 
     x (3, 32, 32) -> conv -> [Swin Swin down] -> [Swin+Attn Swin+Attn down] -> ... -> Res, Attn, Res      encoder, middle
                        |          |   |   |           |          |       |                 |
                        +---- every output of the encoder is a skip ------+    concatenated in reverse order
                        |          |   |   |           |          |       |                 v
-    eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res up] <- [Res+Attn x 3, up] <- ... <-+              decoder
+    eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <-----+              decoder
 
-Time (and class) enter every Swin layer, and every ResBlock, as scale and shift of its norms.
+Time (and class) enter as scale and shift: of both norms of every Swin layer, of the second of every ResBlock.
 Against unet.py: Swin blocks in place of the encoder's ResBlocks, and convolutions that change the resolution.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window.
 """
@@ -31,7 +31,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(module):
-    """Start a residual branch, or the output, at exactly zero: the network begins as the identity."""
+    """Start the last layer of a branch at zero: a residual block begins as the identity, an output as 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -45,8 +45,8 @@ def relative_index(w):
 
 
 def shift_mask(size, w, shift):
-    """(windows, w*w, w*w) float: 0 where two positions of a shifted window are neighbours in the picture, -inf
-    where the cyclic shift has only brought them together from opposite sides (Swin, Fig. 4)."""
+    """(windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of the map,
+    -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
     region = torch.zeros(size)                                          # along one axis, after rolling by -shift:
     region[size - w:] = 1                                               #   the last window holds positions from its
     region[size - shift:] = 2                                           #   own end, and ones wrapped from the start
@@ -57,7 +57,7 @@ def shift_mask(size, w, shift):
 class WindowAttention(nn.Module):
     """Self-attention within windows of w x w positions, with a learned bias for each relative position.
 
-    With shift, the windows lie w/2 further right and down, so that what two plain windows know can meet.
+    With shift, the windows lie w/2 further right and down, so that knowledge crosses the borders of the plain ones.
     The windows of one picture stand beside the heads, (windows * heads), so that one attention call with
     one bias does them all."""
 
@@ -87,7 +87,7 @@ class WindowAttention(nn.Module):
 
 def group_norm(channels):
     """ADM's 32 groups, or in narrow layers fewer, of at least 4 channels: a group of one would lose its channel's mean."""
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels >= 4 * g)
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
     return nn.GroupNorm(groups, channels)
 
 
@@ -216,7 +216,7 @@ class Layer(nn.Sequential):
 
 class ASCEND(nn.Module):
     """ASCEND. Defaults: a CIFAR-10 model of the size of the paper's others (48,038,075 parameters); width, depth and
-    places of global attention are assumed, the paper's table of settings is not legible to us.
+    places of global attention are assumed: of the paper's table of settings we know the rows, not the numbers.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
     not divide into windows."""
@@ -225,7 +225,7 @@ class ASCEND(nn.Module):
                  img_size=32,               # pixels a side
                  channels=3,                # image channels
                  dim=128,                   # base width
-                 dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each level halves the map
+                 dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # Swin blocks a level (the decoder has one ResBlock more)
                  attn_sizes=(16, 8),        # map sizes, in pixels, at which global attention follows each block
                  head_dim=64,               # channels per attention head

@@ -7,6 +7,7 @@
 Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1]; the paper's T = 1000 steps are
 t = 1/1000 .. 1. This file never knows which network it has: any f(x, t, y) of the right shape will do.
 """
+import contextlib
 import math
 import os
 
@@ -16,9 +17,9 @@ import torch
 # ---- schedules ---------------------------------------------------------------------------------------
 # A schedule is alpha(t), sigma(t) and lam(t) = log(alpha / sigma), half the log signal-to-noise ratio,
 # for t a Python float or a tensor of any shape. Python floats are float64 everywhere, also on devices
-# that have no float64 tensors; samplers only use those.
+# that have no float64 tensors; samplers pass only those.
 
-def library(t):
+def math_of(t):
     return torch if torch.is_tensor(t) else math        # both have exp, expm1, log, sqrt, sin and cos
 
 
@@ -33,13 +34,13 @@ class Linear:
         return self.b0 * t + (self.b1 - self.b0) * t * t / 2
 
     def alpha(self, t):
-        return library(t).exp(-self.integral(t) / 2)
+        return math_of(t).exp(-self.integral(t) / 2)
 
     def sigma(self, t):
-        return library(t).sqrt(-library(t).expm1(-self.integral(t)))    # expm1: no cancellation near t = 0
+        return math_of(t).sqrt(-math_of(t).expm1(-self.integral(t)))    # expm1: no cancellation near t = 0
 
     def lam(self, t):
-        return library(t).log(self.alpha(t) / self.sigma(t))
+        return math_of(t).log(self.alpha(t) / self.sigma(t))
 
     def t_of_lam(self, lam):
         L = math.log1p(math.exp(-2 * lam))              # = integral(t), solved for t below
@@ -57,14 +58,14 @@ class Cosine:
         return (t + self.s) / (1 + self.s) * math.pi / 2
 
     def alpha(self, t):
-        return library(t).cos(self.angle(t)) / math.cos(self.angle(0))
+        return math_of(t).cos(self.angle(t)) / math.cos(self.angle(0))
 
     def sigma(self, t):                                 # cos^2 b - cos^2 a = sin(a - b) sin(a + b): no cancellation
         a, b = self.angle(t), self.angle(0)
-        return library(t).sqrt(library(t).sin(a - b) * library(t).sin(a + b)) / math.cos(b)
+        return math_of(t).sqrt(math_of(t).sin(a - b) * math_of(t).sin(a + b)) / math.cos(b)
 
     def lam(self, t):
-        return library(t).log(self.alpha(t) / self.sigma(t))
+        return math_of(t).log(self.alpha(t) / self.sigma(t))
 
     def t_of_lam(self, lam):
         alpha = 1 / math.sqrt(1 + math.exp(-2 * lam))
@@ -78,7 +79,7 @@ SCHEDULES = dict(linear=Linear(), cosine=Cosine())
 
 def draw_times(n, shift=1.0, generator=None, device=None):
     """n times in [0, 1), each uniform (the paper) for shift 1; shift > 1 favours high noise, where outlines and
-    places are decided (the map of Esser et al., arXiv 2403.03206, Eq. 23).
+    places are decided (the time shift of Esser et al., arXiv 2403.03206, Eq. 23).
 
     The n are evenly spaced from a random start: losses differ so much over t that covering it evenly in every
     batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
@@ -103,6 +104,7 @@ def loss(net, x0, t, eps, y, schedule, prediction="eps"):
 def clip_x0(x0, how):
     """'none'; 'static': to [-1, 1], where pictures live; 'dynamic': divide by the 99.5th percentile of |x0|
     when that is above 1 (Imagen, arXiv 2205.11487, Sec. 2.3), which keeps strong guidance from saturating."""
+    assert how in ("none", "static", "dynamic"), f"clip is 'none', 'static' or 'dynamic', not {how!r}"
     if how == "none":
         return x0
     if how == "static":
@@ -158,8 +160,8 @@ def logsnr_times(schedule, steps):
 
 # ---- samplers: denoise(x, t) -> x0, a start x ~ N(0, I), a grid of times that ends in 0 -------------------
 
-def move(x, x0, t, s, schedule):
-    """Carry x from time t to s along the straight line of x0 and the noise that x0 implies."""
+def carry(x, x0, t, s, schedule):
+    """Carry x from time t to s, holding x0 and the noise that it implies fixed."""
     eps = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
     return schedule.alpha(s) * x0 + schedule.sigma(s) * eps
 
@@ -168,7 +170,7 @@ def move(x, x0, t, s, schedule):
 def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x.
 
-    Random walk with error of first order and noise sqrt(beta h) every step: it needs hundreds of them."""
+    First order, and with fresh noise of size sqrt(beta) every step: it needs hundreds of them."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
@@ -184,7 +186,7 @@ def ddim(denoise, x, times, schedule, noise=None):
     """DDIM (Song et al., arXiv 2010.02502, Eq. 12 with eta = 0): no noise, first order."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
-        x = move(x, x0, t, s, schedule)
+        x = carry(x, x0, t, s, schedule)
     return x
 
 
@@ -198,7 +200,7 @@ def dpm(denoise, x, times, schedule, noise=None):
         if x0_last is not None and s > 0:                       # first and last step are plain DDIM
             r = (schedule.lam(s) - schedule.lam(t)) / (schedule.lam(t) - schedule.lam(t_last))
             target = x0 + (x0 - x0_last) * r / 2
-        x = move(x, target, t, s, schedule)
+        x = carry(x, target, t, s, schedule)
         x0_last, t_last = x0, t
     return x
 
@@ -241,7 +243,8 @@ def autocast(device, dtype):
     fast (CUDA; CPUs with AMX tiles). Schedules, losses and samplers stay in float32."""
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     fast = device.type == "cuda" or (device.type == "cpu" and amx())
-    bf16 = dtype == "bfloat16" or (dtype == "auto" and fast)
-    if device.type == "cpu" and bf16:
+    if dtype == "float32" or (dtype == "auto" and not fast):
+        return contextlib.nullcontext()
+    if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)     # despite its name also the CPU's, slow backwards in bf16
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16)

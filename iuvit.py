@@ -1,5 +1,6 @@
 """IU-ViT, the paper's improved U-ViT (arXiv 2212.13771, Sec. 4): a plain Vision Transformer with long skips.
-`diff uvit.py iuvit.py` lists the improvements: a rearrange-first head, depth-wise convolution in the FFN, a time MLP.
+`diff uvit.py iuvit.py` lists the improvements: a rearrange-first head (starting at zero: assumed),
+depth-wise convolution in the FFN, and an MLP that turns the plain cosines of time into what the tokens need.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class, time, patch, patch, ...]
@@ -50,7 +51,8 @@ class Attention(nn.Module):
 
 class DWConvFFN(nn.Module):
     """Feed-forward part with a 3x3 depth-wise convolution over the grid of patches (paper, appendix, Fig. 8):
-    1x1 conv, GELU, LN, depth-wise conv, GELU, LN, 1x1 conv. It brings locality back at 0.6% of the parameters.
+    linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It brings locality back at a
+    hundredth of the parameters.
 
     Time and class tokens have no place in the grid: they skip the convolution and take all the rest (assumed)."""
 
@@ -97,7 +99,7 @@ class IUViT(nn.Module):
     def __init__(self,
                  img_size=32,               # pixels a side
                  channels=3,                # image channels
-                 patch_size=2,              # pixels a side of a patch; grows with img_size, 256 patches stay
+                 patch_size=2,              # pixels a side of a patch; img_size / 16 keeps the published 256 patches
                  dim=512,                   # width of a token
                  depth=13,                  # blocks, the middle one included: 6 + 1 + 6
                  heads=8,
@@ -129,9 +131,10 @@ class IUViT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """nn.Linear      normal, std 0.02, cut at +-2; bias 0        pos_embed       normal, std 0.02, cut at +-2
-        nn.LayerNorm   1 and 0                                     conv, embedding PyTorch's own, as published
-        head           0, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1 (assumed)"""
+        """nn.Linear          normal, std 0.02, cut at +-2; bias 0
+        pos_embed          normal, std 0.02, cut at +-2
+        head               0, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1 (assumed)
+        everything else    as PyTorch has it, as published"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -160,7 +163,7 @@ class IUViT(nn.Module):
             x = block(x, skips.pop())                                       # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
-        # Linear-first would squeeze a token to p*p*3 numbers before any of its neighbours is seen; rearrange-first
+        # Linear-first would squeeze a token to p*p*3 numbers before the convolution sees its neighbours; rearrange-first
         # lays all D numbers out as an image of D/p^2 channels, and the convolution picks from 9 D/p^2 for each pixel.
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)

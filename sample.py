@@ -1,4 +1,4 @@
-"""Draw pictures from a checkpoint; nothing else is needed, the configuration is inside.
+"""Draw pictures from a checkpoint, which also holds the configuration.
 
     python sample.py                                     the newest run, 64 pictures, one sheet
     python sample.py --ckpt runs/mine/ckpt.pt --n 480 --score
@@ -55,10 +55,10 @@ def parse(argv):
     p.add_argument("--ckpt", help="default: the newest in runs/")
     p.add_argument("--n", type=int, default=64, help="how many pictures")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time")
-    p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="this and the next three: default as trained")
-    p.add_argument("--steps", type=int, help="network evaluations")
-    p.add_argument("--cfg", type=float, help="classifier-free guidance scale; 1 is none")
-    p.add_argument("--clip", choices=["none", "static", "dynamic"], help="of x0")
+    p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
+    p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
+    p.add_argument("--cfg", type=float, help="classifier-free guidance scale, 1 is none; default: the run's own")
+    p.add_argument("--clip", choices=["none", "static", "dynamic"], help="limit predicted pictures; default: the run's own")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
@@ -72,7 +72,7 @@ def parse(argv):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.seed < 0:
-        fail("--seed is not negative")
+        fail("--seed must not be negative")
     return args
 
 
@@ -104,7 +104,7 @@ def main():
         dist.init_process_group("gloo")                                 # only finished pictures travel
     path = args.ckpt or newest_run()
     net, config = load(path, args.weights, device)
-    if args.score and not (config["data"].startswith("shapes") and config["cond"] == "class"):
+    if args.score and not (config["data"] in ("shapes", "shapes64") and config["cond"] == "class"):
         fail(f"--score reads the pictures of class-conditional models of shapes; this one is of {config['data']}, "
              f"condition {config['cond']}")
     if args.cfg not in (None, 1) and (config["cond"] == "none" or config["drop"] == 0):

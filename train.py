@@ -1,19 +1,22 @@
 """Train a diffusion model.
 
     python train.py                                                  a laptop: coloured shapes, ten minutes
-    python train.py --model iuvit --data cifar10                     one GPU: a run of the paper
+    python train.py --model iuvit --data cifar10                     one GPU: the paper's CIFAR-10 run
     torchrun --nproc_per_node=8 train.py --model ascend --data cifar10
-    python train.py --preset unet-shapes --lr 1e-3 --out runs/mine   any field of Config below is a flag
+    python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config below is a flag
 
-The same command again resumes from the run's checkpoint, exactly; a larger --steps goes on from there.
+The same command again resumes from the run's checkpoint, on a CPU bit for bit; a larger --steps goes on from there.
 """
 import argparse
 import copy
 import csv
 import dataclasses
+import datetime
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -69,7 +72,7 @@ class Config:
     cfg: float = 1.0                # guidance scale; 1 is none
     clip: str = "static"            # none, static, dynamic
     # the run
-    out: str = ""                   # default runs/PRESET
+    out: str = ""                   # default: runs/PRESET, or runs/MODEL-DATA where the preset was made for another set
     data_dir: str = "datasets"
     seed: int = 0
     device: str = "auto"            # auto, cpu, cuda, mps
@@ -89,8 +92,8 @@ POSITIVE = ["time_shift", "steps", "batch", "accum", "lr", "grad_clip", "samples
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "workers", "log_every", "sample_every",
         "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]      # may differ between a run and its resumption
 
-# The paper's runs: everything as Config has it, unless a row says otherwise. Where the paper is silent (batch, rate,
-# warm-up) the values are U-ViT's own and DDPM's own, and for IU-ViT and ASCEND assumed to be U-ViT's.
+# The paper's runs: as Config has it, unless a row says otherwise. Where the paper is silent (batch, rate, warm-up,
+# betas) the U-Net takes DDPM's values, U-ViT its own, and IU-ViT and ASCEND are assumed to take U-ViT's.
 CIFAR10 = dict(data="cifar10", sampler="em", sample_steps=1000, sample_every=25_000)
 
 # Minutes on a laptop: v prediction and more of the high noise, because both decide outlines and places, which a short
@@ -140,10 +143,11 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: error(f"{message} (python train.py --help lists all flags)")
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else \
             dict(type=json_object if field.type is dict else field.type, choices=CHOICES.get(field.name))
-        parser.add_argument("--" + field.name.replace("_", "-"), **kind)
+        parser.add_argument("--" + field.name.replace("_", "-"), help=comments.get(field.name), **kind)
     parser.add_argument("--fresh", action="store_true", default=False, help="start over; the old run is moved aside")
     parser.add_argument("--dry-run", action="store_true", default=False, help="print the resolved config and stop")
     asked = vars(parser.parse_args(argv))
@@ -156,13 +160,13 @@ def parse(argv):
     row = PRESETS[name]
     net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
     cfg = Config(**{**row, **asked, "preset": name, "net": net})
-    if cfg.drop == 0 and cfg.cond != "none" and cfg.cfg != 1:
-        error("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
     classes = data.describe(cfg.data, cfg.data_dir)["classes"]
-    if "cond" not in asked and not classes:
-        cfg.cond = "none"                               # the row may have been written for a set that has some
+    if "cond" not in asked and cfg.data != row["data"]:
+        cfg.cond = "class" if classes else "none"       # the row was made for another set
     if cfg.cond == "class" and not classes:
         error(f"{cfg.data} has no classes: use --cond none")
+    if cfg.drop == 0 and cfg.cond != "none" and cfg.cfg != 1:
+        error("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
     cfg.out = cfg.out or f"runs/{name if cfg.data == row['data'] and cfg.model == row['model'] else cfg.model + '-' + cfg.data}"
 
     # is it sensible
@@ -171,22 +175,21 @@ def parse(argv):
             error(f"--{field.replace('_', '-')} must be above 0, not {getattr(cfg, field)}")
     for field in ("drop", "ema", "beta1", "beta2"):
         if not 0 <= getattr(cfg, field) < 1:
-            error(f"--{field} lies in [0, 1), not at {getattr(cfg, field)}")
+            error(f"--{field} must lie in [0, 1), not at {getattr(cfg, field)}")
     if cfg.warmup < 0 or cfg.workers < 0 or cfg.weight_decay < 0 or cfg.seed < 0:
-        error("--warmup, --workers, --weight-decay and --seed are not negative")
+        error("--warmup, --workers, --weight-decay and --seed must not be negative")
     return cfg, fresh, dry_run
 
 
 def nearest_preset(asked):
     """The first row with the model, data and cond asked for; a set without a row takes that of the nearest size."""
     model, name = asked.get("model", "unet"), asked.get("data", "shapes")
-    rows = [p for p, row in PRESETS.items() if row["model"] == model]
-    fits = [p for p in rows if PRESETS[p]["data"] == name]
-    if not fits:
-        size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
-        distance = {p: abs(math.log(data.describe(PRESETS[p]["data"], "")["size"] / size)) for p in rows}
-        fits = [p for p in rows if distance[p] == min(distance.values())]
-    return next((p for p in fits if PRESETS[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
+    rows = {p: row for p, row in PRESETS.items() if row["model"] == model}
+    fits = [p for p, row in rows.items() if row["data"] == name]
+    if fits:
+        return next((p for p in fits if rows[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
+    size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
+    return min(rows, key=lambda p: abs(math.log(data.describe(rows[p]["data"], "")["size"] / size)))
 
 
 # ---- pieces of a run -----------------------------------------------------------------------------------
@@ -210,36 +213,34 @@ def gflops(cfg, info):
     return counter.get_total_flops() / 1e9
 
 
-def open_run(cfg, info, fresh, main):
+def open_run(cfg, info, fresh, main_rank):
     """Make or find the run's folder; returns its checkpoint, or None for a new run.
 
     A folder that holds another run is refused with the difference shown. fresh moves the old run aside."""
     out = Path(cfg.out)
     config = dict(dataclasses.asdict(cfg), info=info)
-    if main and fresh and out.exists():
+    if main_rank and fresh and out.exists():
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
         out.rename(aside)
         print(f"the old run is now {aside}")
     ckpt = None
-    if (out / "ckpt.pt").exists() and not (fresh and not main):
+    if (out / "ckpt.pt").exists() and not (fresh and not main_rank):
         ckpt = data.read_checkpoint(out / "ckpt.pt")
         old = ckpt["config"]
         changed = [f"{k}: {old.get(k)!r} there, {v!r} asked" for k, v in config.items() if k not in FREE and old.get(k) != v]
         if changed:
             error(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
-    elif main:
+    elif main_rank:
         if out.exists() and not out.is_dir():
             error(f"--out {out} is a file, not a folder")
         (out / "samples").mkdir(parents=True, exist_ok=True)
-    if main:
-        data.write_file(out / "config.json", lambda f: f.write(json.dumps(config, indent=1).encode()))
     return ckpt
 
 
 def keep_log(path, step):
     """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
     if path.exists():
-        head, *rows = path.read_text().splitlines()
+        head, *rows = path.read_text().splitlines() or [""]
         kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
         data.write_file(path, lambda f: f.write("".join(line + "\n" for line in [head, *kept]).encode()))
 
@@ -280,7 +281,8 @@ def main():
     if dry_run:
         with torch.device("meta"):
             params = sum(p.numel() for p in build(cfg, info).parameters())
-        return print(json.dumps(dict(dataclasses.asdict(cfg), params=params, gflops=round(gflops(cfg, info), 3))))
+        print(json.dumps(dict(dataclasses.asdict(cfg), params=params, gflops=round(gflops(cfg, info), 3))))
+        return
 
     # processes: one by default, or as many as torchrun started
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -291,7 +293,8 @@ def main():
               f"nearest that does: {max(1, round(cfg.batch / unit)) * unit}")
     device = diffusion.pick_device(cfg.device)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=3))  # rank 0 may be downloading
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
     precision = diffusion.autocast(device, cfg.dtype)
 
@@ -306,7 +309,7 @@ def main():
     torch.manual_seed(cfg.seed)
     net = build(cfg, info).to(device)
     if device.type == "cuda":
-        net = net.to(memory_format=torch.channels_last)             # what tensor cores read; on CPUs it is the slower one
+        net = net.to(memory_format=torch.channels_last)             # faster on tensor cores, slower on CPUs
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
                             weight_decay=cfg.weight_decay, fused=True)
@@ -323,35 +326,43 @@ def main():
         ema.load_state_dict(ckpt["ema"])
         opt.load_state_dict(ckpt["opt"])
         start, seconds = ckpt["step"], ckpt["seconds"]
+        del ckpt
     out = Path(cfg.out)
-    if main_rank:
-        params = sum(p.numel() for p in net.parameters())
-        paper = f"torchrun --nproc_per_node=8 train.py --model {cfg.model} --data cifar10"
-        print(f"training {cfg.model} ({params / 1e6:.1f}M parameters) on {len(pictures):,} pictures of {cfg.data}, "
-              f"{info['size']}x{info['size']}; the paper's CIFAR-10 run of this model: {paper}")
-        keep_log(out / "log.csv", start)
-        if start >= cfg.steps:
+    if start >= cfg.steps:
+        if main_rank:
             print(f"{out} is finished at step {start}: look at {out / 'samples'}, draw more with "
                   f"`python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps")
-    if start >= cfg.steps:
-        return
+        return dist.destroy_process_group() if world > 1 else None
+    if main_rank:
+        params = sum(p.numel() for p in net.parameters())
+        print(f"training {cfg.model} ({params / 1e6:.1f}M parameters) on {len(pictures):,} pictures of {cfg.data}, "
+              f"{info['size']}x{info['size']}; the paper's CIFAR-10 run of this model: "
+              f"torchrun --nproc_per_node=8 train.py --model {cfg.model} --data cifar10")
+        config = json.dumps(dict(dataclasses.asdict(cfg), info=info), indent=1)
+        data.write_file(out / "config.json", lambda f: f.write(config.encode()))
+        keep_log(out / "log.csv", start)
 
     model = net
     if cfg.compile or (cfg.compile is None and device.type == "cuda"):
         model = torch.compile(model)
     if world > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
+    stop = torch.zeros(1)
+
+    def ask_to_stop(sig, _):
+        stop.fill_(1)
+        signal.signal(sig, signal.SIG_DFL)
+
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, ask_to_stop)
 
     rows = range(rank, cfg.batch, world)                            # this process's share of every global batch
     micro = len(rows) // cfg.accum
     batches = iter(torch.utils.data.DataLoader(
         data.Batches(pictures, cfg.batch, rows, cfg.seed, info["flip"]), sampler=range(start, cfg.steps), batch_size=None,
         num_workers=cfg.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))
-
-    # Ctrl-C and SIGTERM: finish the step, save, leave
-    stop = torch.zeros(1)
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: stop.fill_(1))
 
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
@@ -362,10 +373,11 @@ def main():
     clock, paused, logged, saved = time.time(), 0.0, start, start   # paused: seconds not spent on training steps
     bar = tqdm(total=cfg.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
     for step in range(start, cfg.steps + 1):
-        # maintenance first, so that the last step's needs no second copy below the loop
+        # log, sample and save first, so that the last step needs no copy of this below the loop
+        leaving = stop.clone()                                      # a signal may come at any moment, and ranks must agree
         if world > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)                # on the CPU: no GPU is kept waiting
-        leaving = bool(stop) or step == cfg.steps
+            dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
+        leaving = bool(leaving) or step == cfg.steps
         if step > start and (step % cfg.log_every == 0 or leaving):
             if world > 1:
                 dist.all_reduce(sums)
@@ -379,7 +391,8 @@ def main():
                 new = not (out / "log.csv").exists()
                 with open(out / "log.csv", "a", newline="") as f:
                     writer = csv.DictWriter(f, row)
-                    writer.writeheader() if new else None
+                    if new:
+                        writer.writeheader()
                     writer.writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
             sums.zero_()
@@ -395,7 +408,7 @@ def main():
         if leaving:
             break
 
-        # randomness is addressed, not consumed: all of it follows from (seed, step), so a resumed run sees the same
+        # all randomness follows from (seed, step), so a resumed run sees the same
         g = torch.Generator(device).manual_seed(data.seed32(cfg.seed, step))
         t = diffusion.draw_times(cfg.batch, cfg.time_shift, g, device)[rank::world]
         eps = torch.randn(cfg.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
@@ -420,14 +433,14 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        decay = min(cfg.ema, (1 + step) / (10 + step))                                          # short memory while young
+        decay = min(cfg.ema, (1 + step) / (10 + step))                                          # a shorter memory early on
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
         bar.update()
 
     bar.close()
     if main_rank:
         what = f"finished {cfg.steps} steps" if step == cfg.steps else f"stopped at step {step}; the same command resumes"
-        print(f"{what}, {(seconds + time.time() - clock) / 60:.1f} minutes in all: {out / 'samples' / 'progress.png'}, {out / 'ckpt.pt'}")
+        print(f"{what}, {(seconds + time.time() - clock) / 60:.1f} minutes in all: look at {out / 'samples'}")
     if world > 1:
         dist.destroy_process_group()
 

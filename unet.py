@@ -30,7 +30,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(module):
-    """Start a residual branch, or the output, at exactly zero: the network begins as the identity."""
+    """Start the last layer of a branch at zero: a residual block begins as the identity, an output as 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -38,7 +38,7 @@ def zero_init(module):
 
 def group_norm(channels):
     """ADM's 32 groups, or in narrow layers fewer, of at least 4 channels: a group of one would lose its channel's mean."""
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels >= 4 * g)
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
     return nn.GroupNorm(groups, channels)
 
 
@@ -133,7 +133,7 @@ class UNet(nn.Module):
                  img_size=32,               # pixels a side
                  channels=3,                # image channels
                  dim=128,                   # base width
-                 dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each level halves the map
+                 dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # ResBlocks a level (the decoder has one more)
                  attn_sizes=(16,),          # map sizes, in pixels, at which attention follows each ResBlock
                  head_dim=64,               # channels per attention head

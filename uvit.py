@@ -86,7 +86,7 @@ class UViT(nn.Module):
     def __init__(self,
                  img_size=32,               # pixels a side
                  channels=3,                # image channels
-                 patch_size=2,              # pixels a side of a patch; grows with img_size, 256 patches stay
+                 patch_size=2,              # pixels a side of a patch; img_size / 16 keeps the published 256 patches
                  dim=512,                   # width of a token
                  depth=13,                  # blocks, the middle one included: 6 + 1 + 6
                  heads=8,
@@ -117,8 +117,9 @@ class UViT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """nn.Linear      normal, std 0.02, cut at +-2; bias 0        pos_embed       normal, std 0.02, cut at +-2
-        nn.LayerNorm   1 and 0                                     conv, embedding PyTorch's own, as published"""
+        """nn.Linear          normal, std 0.02, cut at +-2; bias 0
+        pos_embed          normal, std 0.02, cut at +-2
+        everything else    as PyTorch has it, as published"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)

@@ -84,8 +84,10 @@ def main():
         raise data.UserError(f"{path} holds no pictures with classes ({e}): see python sample.py --npz")
     size = pictures.shape[-1]
     net = train_judge(size)
-    for what, score in ("held-out real pictures", judge(net, *held_out(size))), (path, judge(net, pictures, labels)):
-        print(f"{what}: {score['both']:.1f}% read as asked (shape {score['shape']:.1f}%, colour {score['colour']:.1f}%)")
+    for what, asked in {"held-out real pictures": held_out(size), path: (pictures, labels)}.items():
+        score = judge(net, *asked)
+        print(f"{what}: {score['both']:.1f}% read as asked "
+              f"(shape {score['shape']:.1f}%, colour {score['colour']:.1f}%)")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -40,7 +41,7 @@ def files_in(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-# ---- shapes, drawn -----------------------------------------------------------------------------------------------
+# ---- shapes, drawn --------------------------------------------------------------------------------------------------
 
 HELD_OUT = data.SHAPE_COUNT + np.arange(240)                # never prepared, so never trained on
 
@@ -84,7 +85,7 @@ def test_the_object_is_whole_and_fills_40_to_75_percent_of_the_side():
     assert width.min() < 0.43 and width.max() > 0.72, f"not the whole range: {width.min():.2f} to {width.max():.2f}"
 
 
-# ---- shapes, read back ---------------------------------------------------------------------------------------------
+# ---- shapes, read back ----------------------------------------------------------------------------------------------
 
 def noisy(images):
     return (images + np.random.RandomState(0).normal(0, 8, images.shape)).clip(0, 255).round().astype(np.uint8)
@@ -137,7 +138,15 @@ def test_the_scorer_takes_no_other_figure_for_a_shape():
         assert shape == -1, f"it took {name} for a {data.SHAPES[shape]}"
 
 
-# ---- emoji -----------------------------------------------------------------------------------------------------------
+def test_the_scorer_survives_pictures_of_nothing_and_of_less_than_nothing():
+    blue = data.COLOURS[2][:, None, None]
+    anti = (128 - 1.35 * (blue - 128)).clip(0, 255)                                 # further from grey, the other way
+    speckles = np.where(np.random.RandomState(0).rand(24, 24) < 0.55, blue, anti)
+    absurd = np.pad(speckles, [(0, 0), (4, 4), (4, 4)], constant_values=128).astype(np.uint8)
+    assert data.read_shape(absurd) == (2, -1) and data.read_shape(np.full_like(absurd, 128)) == (-1, -1)
+
+
+# ---- emoji ----------------------------------------------------------------------------------------------------------
 
 def need_emoji():
     need(Path(data.NOTO).exists(), "the emoji font", "apt-get install fonts-noto-color-emoji")
@@ -152,6 +161,8 @@ def test_emoji_are_about_1100_pictures_of_what_their_captions_say():
         darkest = picture[caption].mean((1, 2)).argmax()
         assert darkest == channel, f"the {caption} is mostly {'red green blue'.split()[darkest]}"
     assert {"hot pepper", "steam locomotive", "smiling face with sunglasses"} <= set(picture)
+    signs = {"clock face one oclock", "heavy dollar sign", "up-pointing red triangle", "emoji component bald"}
+    assert signs.isdisjoint(picture), f"signs, not things: {signs & set(picture)}"
 
 
 def test_prepared_emoji_have_captions_and_a_white_background(tmp_path):
@@ -173,7 +184,7 @@ def test_without_the_emoji_font_one_line_says_how_to_get_it(content, tmp_path):
         data.prepare("emoji64", tmp_path, src=str(font))
 
 
-# ---- CIFAR-10 --------------------------------------------------------------------------------------------------------
+# ---- CIFAR-10 -------------------------------------------------------------------------------------------------------
 
 TRAINING = [f"data_batch_{i}.bin" for i in range(1, 6)]
 
@@ -249,8 +260,11 @@ def test_cifar_is_downloaded_once_and_kept_beside_the_set(archive, tmp_path, mon
     monkeypatch.setattr(data, "CIFAR_URL", archive.as_uri())
     monkeypatch.setattr(data, "CIFAR_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     data.prepare("cifar10", tmp_path / "sets", limit=12)
-    assert len(data.open_set("cifar10", tmp_path / "sets")) == 12
     assert files_in(tmp_path / "sets") == ["cifar.tar.gz", "cifar10"]
+    archive.unlink()                                                                # the server is gone
+    shutil.rmtree(tmp_path / "sets/cifar10")
+    data.prepare("cifar10", tmp_path / "sets")
+    assert len(data.open_set("cifar10", tmp_path / "sets")) == 35
 
 
 @pytest.mark.parametrize("harm, says", [("another", "its sha256 differs"), ("none", "cannot download")])
@@ -262,7 +276,7 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_no_file(harm, says, ar
     assert not [path for path in (tmp_path / "sets").rglob("*") if path.is_file()]
 
 
-# ---- folders of pictures ---------------------------------------------------------------------------------------------
+# ---- folders of pictures --------------------------------------------------------------------------------------------
 
 COLOURS = np.array([[(215, 40, 40), (40, 165, 60)], [(50, 80, 210), (240, 210, 60)]], np.uint8)     # (2, 2, 3)
 GREYS = np.asarray(Image.fromarray(COLOURS).convert("L"))[:, :, None].repeat(3, 2)
@@ -333,6 +347,15 @@ def test_odd_pictures_become_the_right_squares(name, tmp_path):
     assert abs(found - wanted).max() < 6, f"{name} shows\n{found.round()}\nand not\n{wanted}"
 
 
+def test_a_photo_decoded_small_is_as_sharp_as_one_decoded_whole(tmp_path):
+    x, y = np.meshgrid(*[np.arange(400)] * 2)
+    weave = Image.fromarray((127 + 60 * np.sin(x / 4) + 60 * np.sin(y / 5)).astype(np.uint8)).convert("RGB")
+    weave.save(tmp_path / "weave.jpg", quality=95)
+    weave.save(tmp_path / "weave.png")
+    quick, whole = (data.load_square(str(tmp_path / f"weave.{kind}"), 64).astype(int) for kind in ("jpg", "png"))
+    assert whole.std() > 30 and abs(quick - whole).mean() < 3, f"{abs(quick - whole).mean():.1f} grey levels apart"
+
+
 @pytest.fixture
 def album(tmp_path):
     """album("cats/1.png", "dogs/2.png") is a folder with these pictures, number i of them in grey level 10 i."""
@@ -377,14 +400,15 @@ def test_a_limit_takes_something_of_every_class(album, tmp_path):
 
 
 def spoil(folder):
-    """Put four files that cannot be read into a folder; their names."""
+    """Put five files that cannot be read into a folder; their names."""
     quarters().save(folder / "cut.jpg")
     quarters().save(folder / "cut.png")
     for name in ("cut.jpg", "cut.png"):
         (folder / name).write_bytes((folder / name).read_bytes()[:-40])
     (folder / "empty.png").touch()
     (folder / "page.jpg").write_text("<html>404</html>")
-    return ["cut.jpg", "cut.png", "empty.png", "page.jpg"]
+    Image.new("F", (40, 40), 0.5).save(folder / "range_unknown.tif")
+    return ["cut.jpg", "cut.png", "empty.png", "page.jpg", "range_unknown.tif"]
 
 
 def test_bad_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
@@ -397,7 +421,7 @@ def test_bad_pictures_are_skipped_counted_and_listed(tmp_path, capsys):
     shown = {name: image for name, image in zip(sorted(ODD), pictures.images)}
     assert all(abs(colours_of(shown[name]) - ODD[name][2]).max() < 6 for name in ODD), "a picture took another's place"
     assert [line.split("\t")[0] for line in (tmp_path / "sets/mine/skipped.txt").read_text().splitlines()] == bad
-    assert "skipped 4 unreadable files" in capsys.readouterr().out and data.read_meta(pictures.folder)["skipped"] == 4
+    assert "skipped 5 unreadable files" in capsys.readouterr().out and data.read_meta(pictures.folder)["skipped"] == 5
 
 
 def test_many_bad_pictures_are_refused(album, tmp_path):
@@ -426,7 +450,7 @@ def test_pictures_inside_the_set_they_would_become_are_refused(album, tmp_path):
             data.prepare("album", data_dir, src=src)
 
 
-# ---- prepare ---------------------------------------------------------------------------------------------------------
+# ---- prepare --------------------------------------------------------------------------------------------------------
 
 def test_prepared_shapes_are_the_drawn_ones_and_memory_mapped(datasets):
     pictures, (images, labels) = data.open_set("shapes", datasets), data.draw_shapes(np.arange(200), 32)
@@ -514,7 +538,7 @@ def test_a_built_in_set_is_described_without_the_disk():
         data.open_set("shapes64", "/nowhere")
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# ---- batches --------------------------------------------------------------------------------------------------------
 
 class Numbered:
     """n pictures of 2 x 2 pixels, 3 channels: number i holds i in its left column and 100 + i in its right one."""
@@ -599,7 +623,7 @@ def test_a_set_travels_to_a_worker_without_its_pictures(datasets):
     assert len(parcel) < 1000 and np.array_equal(pickle.loads(parcel).images, pictures.images), f"{len(parcel)} bytes"
 
 
-# ---- show and export -------------------------------------------------------------------------------------------------
+# ---- show and export ------------------------------------------------------------------------------------------------
 
 def test_show_draws_48_pictures_from_all_over_the_set(datasets, terminal):
     code, said, _ = terminal("show", "shapes", "--data-dir", datasets, "--out", "sheet.png")
@@ -634,7 +658,7 @@ def test_export_overwrites_nothing(datasets, terminal, tmp_path):
         assert code == 2 and "is not a new or empty folder" in complaint and files_in(tmp_path) == ["thesis.tex"]
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, says", [
     ("", "arguments are required: command"),
@@ -646,7 +670,8 @@ def test_export_overwrites_nothing(datasets, terminal, tmp_path):
     ("prepare shapes --limit 0", "--limit must be at least 1, not 0"),
     ("prepare shapes --size 48", "shapes is always 32 pixels"),
     ("prepare shapes --src .", "they take no --src"),
-    ("prepare ../shapes", "'../shapes' cannot name a data set"),
+    ("prepare .shapes", "'.shapes' cannot name a data set"),
+    ("show pets/cats", "'pets/cats' cannot name a data set"),
     ("prepare cats", "Name their folder with --src FOLDER"),
     ("prepare cats --src nowhere", "nowhere is not a folder"),
     ("prepare cats --src . --size 4", "must be at least 8"),
@@ -670,7 +695,8 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(line, says, termina
 
 
 def test_a_mistake_in_a_real_terminal_shows_no_traceback(tmp_path):
-    assert command("data.py", "show", "no\nsuch\tset", cwd=tmp_path, code=2).startswith("error: no data set 'no\\nsuch")
+    complaint = command("data.py", "prepare", "cats", "--src", "no\nwhere", cwd=tmp_path, code=2)
+    assert complaint == f"error: --src {tmp_path}/no where is not a folder\n", "not one line"
 
 
 def test_of_several_processes_the_first_one_complains(terminal, monkeypatch):
@@ -692,7 +718,7 @@ def test_a_command_is_parsed_without_being_run():
     assert asked == dict(command="prepare", name="cats", data_dir="datasets", src="pictures", size=64, limit=9)
 
 
-# ---- files, seeds and pixels -----------------------------------------------------------------------------------------
+# ---- files, seeds and pixels ----------------------------------------------------------------------------------------
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path):
     def fill_the_disk(f):

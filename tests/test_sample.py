@@ -26,7 +26,7 @@ def drawn(ckpt, tmp_path, monkeypatch):
     """drawn("--cfg", 3) is `python sample.py --cfg 3` with that checkpoint, in this process, in an empty folder: six
     pictures, unless told otherwise. Returns pictures (N, S, S, 3) and classes (N,)."""
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
+    threads, flash = torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled()
     torch.set_num_threads(1)                                                    # as `command` has
 
     def run(*flags):
@@ -38,6 +38,7 @@ def drawn(ckpt, tmp_path, monkeypatch):
 
     yield run
     torch.set_num_threads(threads)
+    torch.backends.cuda.enable_flash_sdp(flash)                                 # bfloat16 does without
 
 
 @pytest.fixture
@@ -94,8 +95,8 @@ def test_a_picture_is_the_same_in_another_batch(drawn, sampler):
 
 
 def test_a_picture_is_the_same_to_the_last_bit_at_any_number_of_processes(drawn, ckpt, tmp_path):
-    flags = ["--n", 6, "--batch", 2, "--sampler", "em"]
-    one, classes = drawn(*flags)
+    flags = ["--batch", 16, "--sampler", "em"]
+    one, classes = drawn("--n", 64, *flags)
     command("sample.py", "--ckpt", ckpt, "--device", "cpu", "--dtype", "float32", *flags, "--npz", "two.npz",
             cwd=tmp_path, processes=2)
     with np.load(tmp_path / "two.npz") as two:
@@ -107,7 +108,8 @@ def test_a_picture_is_the_same_to_the_last_bit_at_any_number_of_processes(drawn,
     "--seed 1", "--classes 7", "--sampler em", "--sampler ddim", "--steps 3", "--cfg 1", "--cfg 9", "--clip none",
     "--clip dynamic", "--weights raw", "--dtype bfloat16"])
 def test_a_flag_changes_the_pictures(drawn, flags):
-    plain, other = drawn()[0], drawn(*flags.split())[0]
+    strong = ["--steps", 8, "--cfg", 50]                                        # so that there is something to clip
+    plain, other = drawn(*strong)[0], drawn(*strong, *flags.split())[0]
     assert grey_levels(plain, other) > 0, f"{flags} changes nothing"
 
 
@@ -210,6 +212,12 @@ def test_a_file_that_is_no_checkpoint_is_one_message(drawn, ckpt, tmp_path, writ
 def test_a_checkpoint_of_another_model_is_one_message(drawn, altered, config):
     with pytest.raises(data.UserError, match="altered.pt does not fit this code"):
         drawn("--ckpt", altered(**config))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test asks for")
+def test_a_device_that_is_not_here_is_one_message(drawn):
+    with pytest.raises(data.UserError, match="cuda"):
+        drawn("--device", "cuda")
 
 
 def test_only_pictures_of_shapes_are_scored(drawn, altered):

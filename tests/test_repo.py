@@ -1,0 +1,182 @@
+"""The repository as a reader meets it: what lies where, who imports whom, and that the README's commands are real."""
+import ast
+import fnmatch
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import sample
+import train
+from conftest import ROOT
+
+BACKBONES = dict(unet="UNet", uvit="UViT", iuvit="IUViT", ascend="ASCEND")
+TOP_LEVEL = {"README.md", "LICENSE", "requirements.txt", "unet.py", "uvit.py", "iuvit.py", "ascend.py", "diffusion.py",
+             "train.py", "sample.py", "data.py", "tests", "assets"}
+
+
+def isolated(*args, cwd):
+    """Output of `python args...` in a folder, with nothing of this repository in reach; the exit code is checked."""
+    done = subprocess.run([sys.executable, "-I", *args], cwd=cwd, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- files -------------------------------------------------------------------------------------------
+
+def test_the_top_level_holds_what_was_agreed_and_nothing_else():
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    found -= {name for name in found for pattern in ignored if fnmatch.fnmatch(name, pattern)}
+    assert found | {"assets"} == TOP_LEVEL
+
+
+def test_six_packages_are_required():
+    names = re.findall(r"^[a-z]+", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    assert sorted(names) == ["einops", "numpy", "pillow", "pytest", "torch", "tqdm"]
+
+
+KNOWS = {**{name: {"math", "torch", "einops"} for name in BACKBONES},
+         "diffusion": {*sys.stdlib_module_names, "torch"},
+         "data": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm"},
+         "sample": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm", "data", "diffusion", *BACKBONES},
+         "train": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm", "data", "diffusion", *BACKBONES}}
+
+
+@pytest.mark.parametrize("name", KNOWS)
+def test_a_file_imports_only_what_it_may_know(name):
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0] if node.level == 0 else "a relative import")
+    assert imported and imported <= KNOWS[name], f"{name}.py may not import {imported - KNOWS[name]}"
+
+
+# ---- backbones ---------------------------------------------------------------------------------------
+
+def definitions():
+    """{name of a top-level function or class: {file: its source}}, over the four backbones."""
+    found = {}
+    for file in BACKBONES:
+        source = (ROOT / f"{file}.py").read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.setdefault(node.name, {})[file] = ast.get_source_segment(source, node)
+    return found
+
+
+SHARED = {name: bodies for name, bodies in definitions().items() if len(bodies) > 1}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_same_name_means_the_same_source(name):
+    assert len(set(SHARED[name].values())) == 1, f"{name} differs between {', '.join(SHARED[name])}"
+
+
+def test_all_four_share_their_time():
+    assert list(SHARED["timestep_embedding"]) == list(BACKBONES)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_runs_alone_in_an_empty_folder(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in train.MODELS[name]().parameters())
+    *trace, last = isolated(f"{name}.py", cwd=tmp_path).splitlines()
+    assert last == f"{parameters:,} parameters"
+    assert any("(1, 3, 32, 32)" in line for line in trace), "no line of the trace shows the output's shape"
+
+
+def test_all_backbones_are_called_alike():
+    forwards = {name: str(inspect.signature(model.forward)) for name, model in train.MODELS.items()}
+    assert list(forwards) == list(BACKBONES) and len(set(forwards.values())) == 1, forwards
+    for model in train.MODELS.values():
+        defaults = {name: p.default for name, p in inspect.signature(model).parameters.items()}
+        assert (defaults["img_size"], defaults["channels"], defaults["num_classes"]) == (32, 3, 0)
+
+
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_importing_a_script_runs_nothing(name, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {name}"
+    out = isolated("-c", code, "--no-such-flag", cwd=tmp_path)
+    assert out == "" and not list(tmp_path.iterdir())
+
+
+# ---- presets -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_a_preset_fits_eight_processes_its_network_and_its_name(name):
+    cfg, _, _ = train.parse(["--preset", name])
+    assert cfg.batch % 8 == 0, f"a batch of {cfg.batch} does not divide among eight processes"
+    assert re.fullmatch(rf"{cfg.model}-{cfg.data}(-[a-z0-9]+)*", name)
+    with torch.device("meta"):
+        train.build(cfg, data.describe(cfg.data, cfg.data_dir))
+
+
+# ---- the README --------------------------------------------------------------------------------------
+
+def readme_blocks():
+    """(language, text) of each fenced block."""
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def readme_commands():
+    """Every `python ...` and `torchrun ...` as its words; comments are dropped and `a && b` is two commands."""
+    commands = []
+    for line in "\n".join(text for _, text in readme_blocks()).replace("\\\n", " ").splitlines():
+        if re.search(r"\b(python3?|torchrun) ", line.split("#")[0]):
+            words = shlex.shlex(line, posix=True, punctuation_chars="&;|")
+            words.whitespace_split = True
+            command = [[]]
+            for word in words:
+                command.append([]) if word in ("&&", ";", "|") else command[-1].append(word)
+            commands += command
+    return [words for words in commands if words and re.search(r"(^|/)(python3?|torchrun)$", words[0])]
+
+
+COMMANDS = readme_commands()
+
+
+@pytest.fixture
+def prepared_sets(monkeypatch):
+    """Sets of your own, of which the README says how to prepare them, count as prepared."""
+    own = {words[3] for words in COMMANDS if words[1:3] == ["data.py", "prepare"]} - set(data.BUILT_IN)
+    describe, cats_and_dogs = data.describe, dict(size=64, classes=["cat", "dog"], flip=True)
+    monkeypatch.setattr(data, "describe", lambda name, folder: cats_and_dogs if name in own else describe(name, folder))
+
+
+def test_the_readme_shows_how_it_is_used():
+    assert len(COMMANDS) >= 8, f"found only {COMMANDS}"
+    assert {"train.py", "sample.py", "data.py"} <= {words[1] for words in COMMANDS}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_of_the_readme_parses(words, prepared_sets):
+    words = [word for word in words[1:] if not word.startswith("--nproc_per_node=")]
+    if words[0] == "-m":
+        assert words[1] in ("pytest", "venv"), f"python -m {words[1]}?"
+        return
+    script, *flags = words
+    assert (ROOT / script).is_file(), f"there is no {script}"
+    parsers = {"train.py": train.parse, "sample.py": sample.parse, "data.py": data.parse}
+    if script in parsers:
+        parsers[script](flags)
+
+
+@pytest.mark.parametrize("text", [text for language, text in readme_blocks() if language == "python"])
+def test_every_python_block_of_the_readme_compiles(text):
+    compile(text, "README.md", "exec")
+
+
+def test_every_file_the_readme_shows_exists():
+    shown = re.findall(r"\]\(((?!http|#)[^)]+)\)", (ROOT / "README.md").read_text())           # pictures and links
+    assert not (missing := [path for path in shown if not (ROOT / path).exists()]), missing
