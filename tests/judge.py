@@ -80,8 +80,8 @@ def main():
     try:
         with np.load(path) as arrays:
             pictures, labels = arrays["arr_0"].transpose(0, 3, 1, 2), arrays["arr_1"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as e:
-        raise data.UserError(f"{path} holds no pictures with classes ({e}): see python sample.py --npz")
+    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
+        raise data.UserError(f"cannot read {path} as pictures with classes, as `python sample.py --npz` writes them")
     size = pictures.shape[-1]
     net = train_judge(size)
     for what, asked in {"held-out real pictures": held_out(size), path: (pictures, labels)}.items():

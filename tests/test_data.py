@@ -281,7 +281,6 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_no_file(harm, says, ar
 COLOURS = np.array([[(215, 40, 40), (40, 165, 60)], [(50, 80, 210), (240, 210, 60)]], np.uint8)     # (2, 2, 3)
 GREYS = np.asarray(Image.fromarray(COLOURS).convert("L"))[:, :, None].repeat(3, 2)
 ONE_HOLE = np.where(np.array([[0, 0], [0, 1]])[:, :, None], 255, COLOURS)
-BLACK = np.zeros((2, 2, 3))
 
 
 def quarters(colours=COLOURS, side=96):
@@ -310,10 +309,9 @@ def exif(orientation):
     return dict(exif=tags)
 
 
-NEAREST, BLACKENED = Image.Resampling.NEAREST, Image.new("RGB", (96, 96))
 ODD = {             # file: what becomes of the quarters before they are saved, how they are saved, what must be seen
     "plain.png":        (lambda q: q, {}, COLOURS),
-    "photo.jpg":        (lambda q: q.resize((1600, 1600), NEAREST), {}, COLOURS),
+    "photo.jpg":        (lambda q: q.resize((1600, 1600), Image.Resampling.NEAREST), {}, COLOURS),
     "wide.bmp":         (lambda q: ImageOps.expand(q, (500, 0)), {}, COLOURS),
     "tall.ppm":         (lambda q: ImageOps.expand(q, (0, 501)), {}, COLOURS),
     "grey.png":         (lambda q: q.convert("L"), {}, GREYS),
@@ -321,15 +319,15 @@ ODD = {             # file: what becomes of the quarters before they are saved, 
     "16_bit_grey.tif":  (lambda q: Image.fromarray(np.asarray(q.convert("L")).astype(np.int32) * 257), {}, GREYS),
     "palette.png":      (lambda q: q.quantize(4), {}, COLOURS),
     "print.jpg":        (lambda q: q.convert("CMYK"), {}, COLOURS),
-    "one_bit.png":      (lambda q: Image.new("1", q.size), {}, BLACK),
+    "one_bit.png":      (lambda q: Image.new("1", q.size, 1), {}, 255),
     "see_through.png":  (hole, {}, ONE_HOLE),
     "see_through.gif":  (hole, {}, ONE_HOLE),
     "see_through.tif":  (lambda q: hole(quarters(GREYS), "LA"), {}, np.where(ONE_HOLE == 255, 255, GREYS)),
     "on_its_side.jpg":  (lambda q: q.transpose(Image.Transpose.ROTATE_90), exif(6), COLOURS),
     "mirrored.jpg":     (lambda q: ImageOps.mirror(q), exif(2), COLOURS),
-    "animated.gif":     (lambda q: q, dict(save_all=True, append_images=[BLACKENED]), COLOURS),
-    "a_pixel.png":      (lambda q: Image.new("RGB", (1, 1)), {}, BLACK),
-    "a_line.png":       (lambda q: Image.new("RGB", (3000, 1)), {}, BLACK),
+    "animated.gif":     (lambda q: q, dict(save_all=True, append_images=[Image.new("RGB", (96, 96))]), COLOURS),
+    "a_pixel.png":      (lambda q: q.crop((0, 0, 1, 1)), {}, COLOURS[0, 0]),
+    "a_line.png":       (lambda q: q.crop((0, 0, 1, 1)).resize((3000, 1)), {}, COLOURS[0, 0]),
 }
 
 

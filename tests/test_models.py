@@ -207,7 +207,8 @@ def test_timestep_embedding_is_what_a_pocket_calculator_says(precision):
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("channels, groups", [(256, 32), (128, 32), (96, 16), (64, 16), (40, 8), (32, 8), (6, 1), (3, 1)])
+@pytest.mark.parametrize("channels, groups", [
+    (256, 32), (128, 32), (96, 16), (64, 16), (40, 8), (32, 8), (6, 1), (3, 1)])
 def test_group_norm_has_32_groups_or_fewer_of_at_least_four_channels(channels, groups):
     assert group_norm(channels).num_groups == groups
 
