@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-torch.set_num_threads(2)
+torch.set_num_threads(1)        # what the tests compute is too small to share
 
 # A network of every kind that trains in a second on one core, as constructor arguments
 TINY = dict(unet=dict(dim=32, dim_mults=[1, 2], num_blocks=1, attn_sizes=[16], head_dim=32, dropout=0.0),
