@@ -229,9 +229,14 @@ def sample(denoise, noise, schedule, sampler="dpm", steps=20):
 # ---- where and how precisely to compute -----------------------------------------------------------------
 
 def pick_device(name):
-    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU."""
+    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. ValueError if a
+    device asked for by name is not here."""
+    present = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    here = [device for device in present if present[device]]
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = here[0]
+    if name not in here:
+        raise ValueError(f"there is no {name} on this machine that PyTorch can use; there is {', '.join(here)}")
     if name == "cuda":
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
         torch.cuda.set_device(name)

@@ -31,14 +31,13 @@ MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
 def load(path, weights="ema", device="cpu"):
     """A checkpoint of train.py -> (network in eval mode, its config as a dict). weights: 'ema' or 'raw'."""
     ckpt = data.read_checkpoint(path)
-    config = ckpt["config"]
-    info = config["info"]
     try:
-        net = MODELS[config["model"]](img_size=info["size"], num_classes=len(info["classes"]) if config["cond"] == "class" else 0,
-                                      **config["net"])
+        config, info = ckpt["config"], ckpt["config"]["info"]
+        classes = len(info["classes"]) if config["cond"] == "class" else 0
+        net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
-    except (KeyError, TypeError, AssertionError, RuntimeError) as e:
-        raise data.UserError(f"{path} does not fit this code's {config.get('model')}: {str(e).splitlines()[0]}")
+    except (KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
+        raise data.UserError(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
     return net.to(device).requires_grad_(False).eval(), config
 
 
@@ -99,7 +98,10 @@ def classes_of(args, config):
 def main():
     args = parse(sys.argv[1:])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = diffusion.pick_device(args.device)
+    try:
+        device = diffusion.pick_device(args.device)
+    except ValueError as e:
+        fail(e)
     if world > 1:
         dist.init_process_group("gloo")                                 # only finished pictures travel
     path = args.ckpt or newest_run()

@@ -17,7 +17,8 @@ from conftest import TINY, command, tiny
 def ckpt(datasets, tmp_path_factory):
     """The checkpoint of a tiny class-conditional run of a few large steps."""
     out = tmp_path_factory.mktemp("run")
-    command("train.py", *tiny("uvit"), "--data-dir", datasets, "--out", out, "--steps", 2, "--lr", 0.02, "--samples", 4)
+    command("train.py", *tiny("uvit"), "--data-dir", datasets, "--out", out, "--steps", 2, "--lr", 0.02, "--samples", 4,
+            *"--cond class --prediction v --sampler dpm --clip static --cfg 2".split())
     return out / "ckpt.pt"
 
 
@@ -162,7 +163,7 @@ def test_without_any_run_it_says_how_to_get_one(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     ("--classes 24", "0..23"), ("--classes 3,-1", "0..23"), ("--classes red", "numbers, like 3,5"),
     ("--classes 3,,5", "numbers, like 3,5"), ("--n 0", "at least 1"), ("--batch 0", "at least 1"),
-    ("--steps 0", "at least 1"), ("--seed -1", "not negative"), ("--n many", "int"), ("--cfg much", "float"),
+    ("--steps 0", "at least 1"), ("--seed -1", "negative"), ("--n many", "int"), ("--cfg much", "float"),
     ("--sampler euler", "em, ddim, dpm"), ("--clip hard", "none, static, dynamic"), ("--weights best", "ema, raw"),
     ("--device tpu", "auto, cpu, cuda, mps"), ("--dtype float16", "auto, float32, bfloat16"),
     ("--prompts cat", "--prompts cat"), ("--ckpt nowhere.pt", "nowhere.pt")])
