@@ -27,8 +27,7 @@ def drawn(ckpt, tmp_path, monkeypatch):
     """drawn("--cfg", 3) is `python sample.py --cfg 3` with that checkpoint, in this process, in an empty folder: six
     pictures, unless told otherwise. Returns pictures (N, S, S, 3) and classes (N,)."""
     monkeypatch.chdir(tmp_path)
-    threads, flash = torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled()
-    torch.set_num_threads(1)                                                    # as `command` has
+    flash = torch.backends.cuda.flash_sdp_enabled()
 
     def run(*flags):
         argv = ["--ckpt", ckpt, "--n", 6, "--device", "cpu", "--dtype", "float32", "--npz", "drawn.npz", *flags]
@@ -38,7 +37,6 @@ def drawn(ckpt, tmp_path, monkeypatch):
             return npz["arr_0"], npz.get("arr_1")
 
     yield run
-    torch.set_num_threads(threads)
     torch.backends.cuda.enable_flash_sdp(flash)                                 # bfloat16 does without
 
 

@@ -23,15 +23,10 @@ from conftest import ROOT, command, tiny
 
 @pytest.fixture(autouse=True)
 def leave_this_process_as_it_was():
-    """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it should not notice.
-
-    One thread, as `command` has: sums depend on how many there are, and tiny networks are no faster with two."""
+    """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it should not notice."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    threads, precision, flash = torch.get_num_threads(), torch.get_float32_matmul_precision(), \
-        torch.backends.cuda.flash_sdp_enabled()
-    torch.set_num_threads(1)
+    precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
     yield
-    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     torch.backends.cuda.enable_flash_sdp(flash)
     for s, handler in handlers.items():
