@@ -402,7 +402,7 @@ def main():
             if main_rank:
                 new = not (out / "log.csv").exists()
                 with open(out / "log.csv", "a", newline="") as f:
-                    writer = csv.DictWriter(f, row)
+                    writer = csv.DictWriter(f, row, lineterminator="\n")
                     if new:
                         writer.writeheader()
                     writer.writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
