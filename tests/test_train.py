@@ -23,7 +23,7 @@ from conftest import ROOT, command, tiny
 
 @pytest.fixture(autouse=True)
 def leave_this_process_as_it_was():
-    """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it should not notice."""
+    """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it must not notice."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
     yield
@@ -142,7 +142,7 @@ def test_the_loss_is_logged_in_four_bins_of_time(trained):
 # ---- it stops and goes on --------------------------------------------------------------------------------
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, photos):
-    """With all that draws random numbers: dropout, dropped conditions, mirrored pictures, another order in every epoch."""
+    """With all that draws random numbers: dropout, dropped conditions, mirrored pictures, an order for each epoch."""
     setup = dict(model="unet", dropout=0.2)
     whole = trained("--data", photos, "--steps", 4, out="whole", **setup)
     trained("--data", photos, "--steps", 2, out="halves", **setup)
@@ -370,7 +370,7 @@ EFFECTS = dict(                         # another value of a field, and what it 
 def test_a_flag_has_an_effect(trained, field):
     value, look = EFFECTS[field]
     setup = [*"--schedule linear --prediction v --sampler dpm --clip static".split(),
-             *"--lr 0.02 --cfg 50 --sample-steps 4".split()]                    # strong, so that there is something to clip
+             *"--lr 0.02 --cfg 50 --sample-steps 4".split()]                    # strong: there is something to clip
     trained(*setup, out="plain")
     trained(*setup, "--" + field.replace("_", "-"), value, out="other")
     plain, other = look("plain"), look("other")
@@ -414,8 +414,8 @@ def test_device_names_where_to_train(trained, monkeypatch):
 
 
 def test_no_field_of_the_config_is_without_a_test_of_its_flag():
-    tested_by_name = {"preset", "model", "data", "out", "data_dir", "accum", "workers", "save_every", "compile", "device"}
-    assert tested_by_name | set(EFFECTS) == {field.name for field in dataclasses.fields(train.Config)}
+    elsewhere = {"preset", "model", "data", "out", "data_dir", "accum", "workers", "save_every", "compile", "device"}
+    assert elsewhere | set(EFFECTS) == {field.name for field in dataclasses.fields(train.Config)}
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------
@@ -436,7 +436,9 @@ def test_no_field_of_the_config_is_without_a_test_of_its_flag():
     ("--log-every 0", "above 0"), ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
     ("--drop 1", "[0, 1)"), ("--drop -0.1", "[0, 1)"), ("--ema 1", "[0, 1)"), ("--beta1 1", "[0, 1)"),
     ("--beta2 2", "[0, 1)"), ("--warmup -1", "negative"), ("--workers -1", "negative"),
-    ("--weight-decay -1", "negative"), ("--seed -1", "negative"), ("--drop 0 --cfg 2", "--cfg 1")])
+    ("--weight-decay -1", "negative"), ("--seed -1", "negative"), ("--drop 0 --cfg 2", "--cfg 1"),
+    ("--lr inf", "--lr"), ("--weight-decay nan", "--weight-decay"), ("--time-shift inf", "--time-shift"),
+    ("--cfg nan", "--cfg"), ("--seed 99999999999999999999", "--seed")])
 def test_a_mistake_in_a_flag_is_answered_by_what_is_allowed(argv, says):
     with pytest.raises(data.UserError) as mistake:
         config(*argv.split())
@@ -459,11 +461,12 @@ def test_a_device_that_is_not_here_is_one_message(trained):
         trained("--device", "cuda")
 
 
-def test_an_out_that_is_a_file_is_refused_and_kept(trained):
-    Path("run").write_text("mine")
-    with pytest.raises(data.UserError, match="--out run"):
-        trained()
-    assert Path("run").read_text() == "mine"
+@pytest.mark.parametrize("out", ["notes", "notes/run"])
+def test_a_file_where_the_run_should_go_is_kept(trained, out):
+    Path("notes").write_text("mine")
+    with pytest.raises(data.UserError, match="notes"):
+        trained(out=out)
+    assert Path("notes").read_text() == "mine"
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
