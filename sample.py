@@ -70,6 +70,8 @@ def parse(argv):
     for name in ("n", "batch", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.cfg is not None and not np.isfinite(args.cfg):
+        fail(f"--cfg must be a finite number, not {args.cfg}")
     if args.seed < 0:
         fail("--seed must not be negative")
     return args

@@ -179,14 +179,17 @@ def parse(argv):
     cfg.out = cfg.out or f"runs/{name if own else f'{cfg.model}-{cfg.data}'}"
 
     # is it sensible
+    for field in dataclasses.fields(Config):
+        if field.type is float and not math.isfinite(getattr(cfg, field.name)):
+            error(f"--{field.name.replace('_', '-')} must be a finite number, not {getattr(cfg, field.name)}")
     for field in POSITIVE:
         if not getattr(cfg, field) > 0:
             error(f"--{field.replace('_', '-')} must be above 0, not {getattr(cfg, field)}")
     for field in ("drop", "ema", "beta1", "beta2"):
         if not 0 <= getattr(cfg, field) < 1:
             error(f"--{field} must lie in [0, 1), not at {getattr(cfg, field)}")
-    if cfg.warmup < 0 or cfg.workers < 0 or cfg.weight_decay < 0 or cfg.seed < 0:
-        error("--warmup, --workers, --weight-decay and --seed must not be negative")
+    if cfg.warmup < 0 or cfg.workers < 0 or cfg.weight_decay < 0 or not 0 <= cfg.seed < 2**63:
+        error("--warmup, --workers, --weight-decay and --seed must not be negative, and --seed be below 2^63")
     return cfg, fresh, dry_run
 
 
@@ -242,7 +245,10 @@ def open_run(cfg, info, fresh, main_rank):
     elif main_rank:
         if out.exists() and not out.is_dir():
             error(f"--out {out} is a file, not a folder")
-        (out / "samples").mkdir(parents=True, exist_ok=True)
+        try:
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            error(f"cannot make --out {out}: {e}")
     return ckpt
 
 

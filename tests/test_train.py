@@ -23,7 +23,7 @@ from conftest import ROOT, command, tiny
 
 @pytest.fixture(autouse=True)
 def leave_this_process_as_it_was():
-    """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it must not notice."""
+    """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it must not see."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
     yield
@@ -431,7 +431,7 @@ def test_no_field_of_the_config_is_without_a_test_of_its_flag():
     ("--dtype float16", "auto, float32, bfloat16"), ("--net 5", "JSON object"), ("--net {dim:64}", "JSON object"),
     # numbers
     ("--steps 1e4", "int"), ("--lr fast", "float"), ("--steps 0", "above 0"), ("--batch -8", "above 0"),
-    ("--accum 0", "above 0"), ("--lr 0", "above 0"), ("--lr nan", "above 0"), ("--grad-clip 0", "above 0"),
+    ("--accum 0", "above 0"), ("--lr 0", "above 0"), ("--lr nan", "--lr"), ("--grad-clip 0", "above 0"),
     ("--time-shift 0", "above 0"), ("--samples 0", "above 0"), ("--sample-steps 0", "above 0"),
     ("--log-every 0", "above 0"), ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
     ("--drop 1", "[0, 1)"), ("--drop -0.1", "[0, 1)"), ("--ema 1", "[0, 1)"), ("--beta1 1", "[0, 1)"),
