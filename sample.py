@@ -3,7 +3,7 @@
     python sample.py                                     the newest run, 64 pictures, one sheet
     python sample.py --ckpt runs/mine/ckpt.pt --n 480 --score
     python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of single PNGs
-    torchrun --nproc_per_node=8 sample.py --n 50000 --npz samples/50k.npz
+    torchrun --nproc_per_node=8 -- sample.py --n 50000 --npz samples/50k.npz
 
 From a notebook: `from sample import load; net, config = load("ckpt.pt")`, then the samplers of diffusion.py.
 """

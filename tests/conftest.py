@@ -24,7 +24,7 @@ def command(*args, cwd=None, processes=1, code=0):
 
     One core, so that several runs side by side do not wait for each other; the exit code is checked."""
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                      f"--nproc_per_node={processes}"]
+                                                      f"--nproc_per_node={processes}", "--"]
     script, *rest = map(str, args)
     done = subprocess.run([*launch, str(ROOT / script), *rest], cwd=cwd, capture_output=True, text=True, timeout=280,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
