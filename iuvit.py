@@ -51,8 +51,8 @@ class Attention(nn.Module):
 
 class DWConvFFN(nn.Module):
     """Feed-forward part with a 3x3 depth-wise convolution over the grid of patches (paper, appendix, Fig. 8):
-    linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It brings locality back at a
-    hundredth of the parameters.
+    linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It brings locality back for
+    less than a hundredth of the parameters.
 
     Time and class tokens have no place in the grid: they skip the convolution and take all the rest (assumed)."""
 

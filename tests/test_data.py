@@ -130,7 +130,7 @@ def test_the_scorer_names_what_it_sees(name):
 
 def test_the_scorer_takes_no_other_figure_for_a_shape():
     x, y = np.meshgrid(*[np.arange(32) / 32 - 0.48] * 2)
-    figures = dict(nothing=x > 9, oval=(x / 7)**2 + (y / 4)**2 < 0.05**2,
+    figures = dict(nothing=x > 9, diamond=abs(x) + abs(y) < 0.35, oval=(x / 7)**2 + (y / 4)**2 < 0.05**2,
                    ell=(abs(x) < 0.3) & (abs(y) < 0.3) & ((x < 0) | (y < 0)), bar=(abs(x) < 0.3) & (abs(y) < 0.2), ring=abs(np.hypot(x, y) - 0.25) < 0.08,
                    half=(np.hypot(x, y) < 0.35) & (x < 0), two=(abs(abs(x) - 0.25) < 0.15) & (abs(y) < 0.15))
     red, grey = data.COLOURS[0][:, None, None], np.full((3, 32, 32), 60)
