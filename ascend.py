@@ -86,7 +86,7 @@ class WindowAttention(nn.Module):
 
 
 def group_norm(channels):
-    """ADM's 32 groups, or in narrow layers fewer, of at least 4 channels: a group of one would lose its channel's mean."""
+    """ADM's 32 groups, or in narrow layers fewer, of 4 channels or more: a group of one loses its channel's mean."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
     return nn.GroupNorm(groups, channels)
 
@@ -123,7 +123,7 @@ class SwinBlock(Timed):
     def __init__(self, in_channels, out_channels, head_dim, size, window, emb_dim, dropout):
         super().__init__()
         w = min(window, size)
-        assert size % w == 0, f"a {size}x{size} map does not divide into windows of {w}: choose another window or img_size"
+        assert size % w == 0, f"a {size}x{size} map does not divide into windows of {w}: change window or img_size"
         assert out_channels % head_dim == 0, f"{out_channels} channels do not divide into heads of {head_dim}"
         self.out_channels = out_channels
         self.widen = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -234,6 +234,7 @@ class ASCEND(nn.Module):
                  num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
         super().__init__()
         levels = len(dim_mults)
+        assert levels > 0 and dim % 2 == 0, f"dim_mults {dim_mults} must not be empty, and dim {dim} be even"
         assert img_size % 2 ** (levels - 1) == 0, \
             f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
         E = 4 * dim

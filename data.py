@@ -420,10 +420,12 @@ EXTENSIONS = tuple(".jpg .jpeg .png .gif .webp .bmp .ppm .pgm .tif .tiff".split(
 
 
 def find_pictures(src):
-    """All pictures below a folder: relative paths, sorted, since disks have orders of their own."""
+    """All pictures below a folder: relative paths, sorted, since disks have orders of their own. Linked folders count."""
     found = []
-    for folder, subfolders, files in os.walk(src):
-        subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))]
+    for folder, subfolders, files in os.walk(src, followlinks=True):
+        here = Path(folder).resolve()
+        subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))
+                         and not here.is_relative_to(Path(folder, d).resolve())]        # a link to above: a circle
         found += [Path(folder, f).relative_to(src).as_posix() for f in files
                   if not f.startswith(".") and f.lower().endswith(EXTENSIONS)]
     return sorted(found)

@@ -77,14 +77,16 @@ SCHEDULES = dict(linear=Linear(), cosine=Cosine())
 
 # ---- learning ----------------------------------------------------------------------------------------
 
-def draw_times(n, shift=1.0, generator=None, device=None):
-    """n times in [0, 1), each uniform (the paper) for shift 1; shift > 1 favours high noise, where outlines and
-    places are decided (the time shift of Esser et al., arXiv 2403.03206, Eq. 23).
+def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
+    """n times in [0, 1], each uniform (the paper) for shift 1 and spread 1.
 
+    shift > 1 favours high noise (the time shift of Esser et al., arXiv 2403.03206, Eq. 23): shift / (1 + shift)
+    becomes the median. spread < 1 gathers the times around it, as logit-normal ones are (same paper, Eq. 19).
     The n are evenly spaced from a random start: losses differ so much over t that covering it evenly in every
     batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
-    return shift * u / (1 + (shift - 1) * u)
+    odds = shift * (u / (1 - u))**spread                # of t, the odds being t / (1 - t)
+    return odds / (1 + odds)
 
 
 def loss(net, x0, t, eps, y, schedule, prediction="eps"):

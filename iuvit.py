@@ -106,7 +106,8 @@ class IUViT(nn.Module):
                  num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
         super().__init__()
         assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
-        assert depth % 2 == 1, f"depth {depth} counts the middle block, so it is odd"
+        assert depth % 2 == 1 and depth > 0, f"depth {depth} counts the middle block, so it is odd"
+        assert dim % 2 == 0, f"width {dim} is half cosines, half sines of time, so it is even"
         assert dim % patch_size**2 == 0, f"rearrange-first needs width {dim} to divide by patch_size^2 = {patch_size**2}"
         self.dim, self.patch_size, self.grid = dim, patch_size, img_size // patch_size
 

@@ -38,7 +38,7 @@ def load(path, weights="ema", device="cpu"):
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
     except (KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
         raise data.UserError(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
-    return net.to(device).requires_grad_(False).eval(), config
+    return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
 
 
 def newest_run():
@@ -57,7 +57,7 @@ def parse(argv):
     p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
     p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
     p.add_argument("--cfg", type=float, help="classifier-free guidance scale, 1 is none; default: the run's own")
-    p.add_argument("--clip", choices=["none", "static", "dynamic"], help="limit predicted pictures; default: the run's own")
+    p.add_argument("--clip", choices=["none", "static", "dynamic"], help="limits on pictures; default: the run's own")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")

@@ -53,6 +53,7 @@ class Config:
     schedule: str = "linear"        # linear, cosine
     prediction: str = "eps"         # eps (the paper), v
     time_shift: float = 1.0         # 1: t uniform (the paper); above 1: more of the high noise
+    time_spread: float = 1.0        # below 1: t gathered around its median, time_shift / (1 + time_shift)
     drop: float = 0.1               # how often the condition is replaced by the null one, for guidance
     # optimisation: AdamW, warm-up then constant
     steps: int = 500_000
@@ -83,50 +84,56 @@ class Config:
     sample_every: int = 5000
     save_every: int = 5000
 
+    def record(self, info):
+        """What checkpoints and config.json keep: every field, and the size and classes of the data set."""
+        return dict(dataclasses.asdict(self), info=info)
+
 
 CHOICES = dict(model=list(MODELS), cond=["none", "class"], schedule=list(diffusion.SCHEDULES), prediction=["eps", "v"],
                sampler=list(diffusion.SAMPLERS), clip=["none", "static", "dynamic"],
                device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
-POSITIVE = ["time_shift", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps", "log_every", "sample_every",
-            "save_every"]
+POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
+            "log_every", "sample_every", "save_every"]
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "workers", "log_every", "sample_every",
-        "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]      # may differ between a run and its resumption
+        "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]      # may differ when a run is resumed
 
 # The paper's runs: as Config has it, unless a row says otherwise. Where the paper is silent (batch, rate, warm-up,
 # betas) the U-Net takes DDPM's values, U-ViT its own, and IU-ViT and ASCEND are assumed to take U-ViT's.
 CIFAR10 = dict(data="cifar10", sampler="em", sample_steps=1000, sample_every=25_000)
 
-# Minutes on a laptop. v prediction, the cosine schedule and more of the high noise, because all three spend the run where
-# outlines and places are decided, which eps on the linear schedule hardly learns in this time. Batch 16: every picture
-# teaches about 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). Guidance, because it
-# sharpens what little was learnt.
-LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=2.0, steps=6000, batch=16, warmup=100,
-              beta2=0.99, ema=0.999, samples=24, cfg=4.0, log_every=100, sample_every=1000, save_every=500)
+# Minutes on a laptop. v prediction, the cosine schedule and times gathered around t = 0.6, because there outlines
+# are decided: the same loss at 0.4 < t < 0.8 comes after half as many pictures as with spread 1, and eps on the linear
+# schedule hardly learns outlines in this time. Batch 16: every picture teaches about 1.5 times as much as in batches of
+# 32 (8 would be as good, but slower on CPUs). Guidance, because it sharpens what little was learnt.
+LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
+              steps=5000, batch=16, lr=2e-3, warmup=100, beta2=0.99, ema=0.999, samples=24, cfg=3.0,
+              sample_every=500, save_every=500)
 
 # Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
-SMALL64 = dict(data="emoji64", schedule="cosine", prediction="v", time_shift=3.0, steps=20_000, batch=16, warmup=200,
-               beta2=0.99, ema=0.999, samples=32, log_every=100, sample_every=1000, save_every=500)
+SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.6, steps=20_000, samples=32, cfg=1.0,
+               sample_every=1000)
 
 # Narrow networks: most of the width where pictures are small, since at full size a channel costs the most time.
-# Attention at 16 pixels gained nothing in the first 16,000 pictures. U-ViT and IU-ViT see patches of 4, a fourth of the tokens.
+# Attention at 16 pixels gained nothing. U-ViT and IU-ViT see patches of 4, a fourth of the tokens.
 PRESETS = {
-    "unet-shapes":    dict(LAPTOP, model="unet", lr=1.5e-3, net=dict(
+    "unet-shapes":    dict(LAPTOP, model="unet", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, resample="conv", dropout=0.0)),
-    "uvit-shapes":    dict(LAPTOP, model="uvit", lr=5e-4, net=dict(patch_size=4, dim=192, depth=7, heads=3)),
-    "iuvit-shapes":   dict(LAPTOP, model="iuvit", lr=5e-4, net=dict(patch_size=4, dim=192, depth=7, heads=3)),
-    "ascend-shapes":  dict(LAPTOP, model="ascend", lr=1.5e-3, net=dict(
+    "uvit-shapes":    dict(LAPTOP, model="uvit", net=dict(patch_size=4, dim=192, depth=7, heads=3)),
+    "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=dict(patch_size=4, dim=192, depth=7, heads=3)),
+    "ascend-shapes":  dict(LAPTOP, model="ascend", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, dropout=0.0)),
 
     "unet-cifar10":   dict(CIFAR10, model="unet", steps=800_000, net={}),
     "uvit-cifar10":   dict(CIFAR10, model="uvit", warmup=2500, weight_decay=0.03, beta1=0.99, net={}),
     "iuvit-cifar10":  dict(CIFAR10, model="iuvit", warmup=2500, weight_decay=0.03, beta1=0.99, net={}),
-    "ascend-cifar10": dict(CIFAR10, model="ascend", warmup=2500, weight_decay=0.03, beta1=0.99, schedule="cosine", net={}),
+    "ascend-cifar10": dict(CIFAR10, model="ascend", warmup=2500, weight_decay=0.03, beta1=0.99, schedule="cosine",
+                           net={}),
 
-    "unet-emoji64":   dict(SMALL64, model="unet", lr=1e-3, net=dict(
+    "unet-emoji64":   dict(SMALL64, model="unet", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=32, resample="conv", dropout=0.0)),
-    "uvit-emoji64":   dict(SMALL64, model="uvit", lr=5e-4, net=dict(patch_size=4, dim=256, depth=9, heads=4)),
-    "iuvit-emoji64":  dict(SMALL64, model="iuvit", lr=5e-4, net=dict(patch_size=4, dim=256, depth=9, heads=4)),
-    "ascend-emoji64": dict(SMALL64, model="ascend", lr=1e-3, net=dict(
+    "uvit-emoji64":   dict(SMALL64, model="uvit", net=dict(patch_size=4, dim=256, depth=9, heads=4)),
+    "iuvit-emoji64":  dict(SMALL64, model="iuvit", net=dict(patch_size=4, dim=256, depth=9, heads=4)),
+    "ascend-emoji64": dict(SMALL64, model="ascend", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=32, dropout=0.0)),
 }
 
@@ -167,30 +174,30 @@ def parse(argv):
         error(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
     row = PRESETS[name]
     net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
-    cfg = Config(**{**row, **asked, "preset": name, "net": net})
-    classes = data.describe(cfg.data, cfg.data_dir)["classes"]
-    if "cond" not in asked and cfg.data != row["data"]:
-        cfg.cond = "class" if classes else "none"       # the row was made for another set
-    if cfg.cond == "class" and not classes:
-        error(f"{cfg.data} has no classes: use --cond none")
-    if cfg.drop == 0 and cfg.cond != "none" and cfg.cfg != 1:
+    config = Config(**{**row, **asked, "preset": name, "net": net})
+    classes = data.describe(config.data, config.data_dir)["classes"]
+    if "cond" not in asked and config.data != row["data"]:
+        config.cond = "class" if classes else "none"       # the row was made for another set
+    if config.cond == "class" and not classes:
+        error(f"{config.data} has no classes: use --cond none")
+    if config.drop == 0 and config.cond != "none" and config.cfg != 1:
         error("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
-    own = cfg.data == row["data"] and cfg.model == row["model"]
-    cfg.out = cfg.out or f"runs/{name if own else f'{cfg.model}-{cfg.data}'}"
+    own = config.data == row["data"] and config.model == row["model"]
+    config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}"
 
     # is it sensible
     for field in dataclasses.fields(Config):
-        if field.type is float and not math.isfinite(getattr(cfg, field.name)):
-            error(f"--{field.name.replace('_', '-')} must be a finite number, not {getattr(cfg, field.name)}")
+        if field.type is float and not math.isfinite(getattr(config, field.name)):
+            error(f"--{field.name.replace('_', '-')} must be a finite number, not {getattr(config, field.name)}")
     for field in POSITIVE:
-        if not getattr(cfg, field) > 0:
-            error(f"--{field.replace('_', '-')} must be above 0, not {getattr(cfg, field)}")
+        if not getattr(config, field) > 0:
+            error(f"--{field.replace('_', '-')} must be above 0, not {getattr(config, field)}")
     for field in ("drop", "ema", "beta1", "beta2"):
-        if not 0 <= getattr(cfg, field) < 1:
-            error(f"--{field} must lie in [0, 1), not at {getattr(cfg, field)}")
-    if cfg.warmup < 0 or cfg.workers < 0 or cfg.weight_decay < 0 or not 0 <= cfg.seed < 2**63:
+        if not 0 <= getattr(config, field) < 1:
+            error(f"--{field} must lie in [0, 1), not at {getattr(config, field)}")
+    if config.warmup < 0 or config.workers < 0 or config.weight_decay < 0 or not 0 <= config.seed < 2**63:
         error("--warmup, --workers, --weight-decay and --seed must not be negative, and --seed be below 2^63")
-    return cfg, fresh, dry_run
+    return config, fresh, dry_run
 
 
 def nearest_preset(asked):
@@ -206,31 +213,32 @@ def nearest_preset(asked):
 
 # ---- pieces of a run -----------------------------------------------------------------------------------
 
-def build(cfg, info):
+def build(config, info):
     """The network of a config for a data set of the given size and classes, on the current default device."""
+    classes = len(info["classes"]) if config.cond == "class" else 0
     try:
-        return MODELS[cfg.model](img_size=info["size"], num_classes=len(info["classes"]) if cfg.cond == "class" else 0, **cfg.net)
+        return MODELS[config.model](img_size=info["size"], num_classes=classes, **config.net)
     except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
-        error(f"{cfg.model} on {cfg.data}, {info['size']} pixels: {e}")
+        error(f"{config.model} on {config.data}, {info['size']} pixels: {e}")
 
 
-def gflops(cfg, info):
+def gflops(config, info):
     """Floating-point operations of one forward of one image, in units of 1e9; a multiply-add counts as two."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
-        net, x, t = build(cfg, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
-        y = torch.zeros(1, dtype=torch.int64) if cfg.cond == "class" else None
+        net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
+        y = torch.zeros(1, dtype=torch.int64) if config.cond == "class" else None
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(x, t, y)
     return counter.get_total_flops() / 1e9
 
 
-def open_run(cfg, info, fresh, main_rank):
+def open_run(config, info, fresh, main_rank):
     """Make or find the run's folder; returns its checkpoint, or None for a new run.
 
     A folder that holds another run is refused with the difference shown. fresh moves the old run aside."""
-    out = Path(cfg.out)
-    config = dict(dataclasses.asdict(cfg), info=info)
+    out = Path(config.out)
+    asked = config.record(info)
     if main_rank and fresh and out.exists():
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
         out.rename(aside)
@@ -239,7 +247,8 @@ def open_run(cfg, info, fresh, main_rank):
     if (out / "ckpt.pt").exists() and not (fresh and not main_rank):
         ckpt = data.read_checkpoint(out / "ckpt.pt")
         old = ckpt["config"]
-        changed = [f"{k}: {old.get(k)!r} there, {v!r} asked" for k, v in config.items() if k not in FREE and old.get(k) != v]
+        changed = [f"{k}: {old.get(k)!r} there, {v!r} asked" for k, v in asked.items()
+                   if k not in FREE and old.get(k) != v]
         if changed:
             error(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
     elif main_rank:
@@ -261,16 +270,16 @@ def keep_log(path, step):
 
 
 @torch.no_grad()
-def draw_samples(net, cfg, info, device, precision):
-    """Pictures from the same noise and the same classes every time, uint8 (cfg.samples, 3, S, S)."""
-    n, classes = cfg.samples, len(info["classes"])
-    y = torch.arange(n, device=device) % classes if cfg.cond == "class" else None
+def draw_samples(net, config, info, device, precision):
+    """Pictures from the same noise and the same classes every time, uint8 (config.samples, 3, S, S)."""
+    n, classes = config.samples, len(info["classes"])
+    y = torch.arange(n, device=device) % classes if config.cond == "class" else None
     null = torch.full_like(y, classes) if y is not None else None
-    noise = diffusion.ImageNoise(data.image_seeds(cfg.seed, range(n)), (3, info["size"], info["size"]), device)
-    schedule = diffusion.SCHEDULES[cfg.schedule]
-    denoise = diffusion.denoiser(net, schedule, cfg.prediction, y, null, cfg.cfg, cfg.clip)
+    noise = diffusion.ImageNoise(data.image_seeds(config.seed, range(n)), (3, info["size"], info["size"]), device)
+    schedule = diffusion.SCHEDULES[config.schedule]
+    denoise = diffusion.denoiser(net, schedule, config.prediction, y, null, config.cfg, config.clip)
     with precision:
-        x = diffusion.sample(denoise, noise, schedule, cfg.sampler, cfg.sample_steps)
+        x = diffusion.sample(denoise, noise, schedule, config.sampler, config.sample_steps)
     return data.to_uint8(x).cpu().numpy()
 
 
@@ -291,51 +300,49 @@ def draw_progress(folder, size, rows=12):
 # ---- the run -----------------------------------------------------------------------------------------
 
 def main():
-    cfg, fresh, dry_run = parse(sys.argv[1:])
-    info = data.describe(cfg.data, cfg.data_dir)
+    config, fresh, dry_run = parse(sys.argv[1:])
+    info = data.describe(config.data, config.data_dir)
     if dry_run:
         with torch.device("meta"):
-            params = sum(p.numel() for p in build(cfg, info).parameters())
-        print(json.dumps(dict(dataclasses.asdict(cfg), params=params, gflops=round(gflops(cfg, info), 3))))
+            params = sum(p.numel() for p in build(config, info).parameters())
+        print(json.dumps(dict(dataclasses.asdict(config), params=params, gflops=round(gflops(config, info), 3))))
         return
 
     # processes: one by default, or as many as torchrun started
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     main_rank = rank == 0
-    if cfg.batch % (world * cfg.accum):
-        unit = world * cfg.accum
-        error(f"--batch {cfg.batch} does not divide among {world} processes x {cfg.accum} micro-batches; "
-              f"nearest that does: {max(1, round(cfg.batch / unit)) * unit}")
+    if config.batch % (world * config.accum):
+        unit = world * config.accum
+        error(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
+              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     try:
-        device = diffusion.pick_device(cfg.device)
+        device = diffusion.pick_device(config.device)
     except ValueError as e:
         error(e)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=3))  # rank 0 may be downloading
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
-    precision = diffusion.autocast(device, cfg.dtype)
+    precision = diffusion.autocast(device, config.dtype)
 
     # data: rank 0 prepares a built-in set on first use, the others wait
-    if main_rank and cfg.data in data.BUILT_IN:
-        data.prepare(cfg.data, cfg.data_dir)
+    if main_rank and config.data in data.BUILT_IN:
+        data.prepare(config.data, config.data_dir)
     if world > 1:
         dist.barrier()
-    pictures = data.open_set(cfg.data, cfg.data_dir)
+    pictures = data.open_set(config.data, config.data_dir)
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
-    torch.manual_seed(cfg.seed)
-    net = build(cfg, info).to(device)
-    if device.type == "cuda":
-        net = net.to(memory_format=torch.channels_last)             # faster on tensor cores, slower on CPUs
+    torch.manual_seed(config.seed)
+    net = build(config, info).to(device, memory_format=torch.channels_last)     # fastest for convolutions
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2),
-                            weight_decay=cfg.weight_decay, fused=True)
-    schedule = diffusion.SCHEDULES[cfg.schedule]
+    opt = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
+                            weight_decay=config.weight_decay, fused=True)
+    schedule = diffusion.SCHEDULES[config.schedule]
     null_class = len(info["classes"])
 
     # resume
-    ckpt = open_run(cfg, info, fresh, main_rank)
+    ckpt = open_run(config, info, fresh, main_rank)
     if world > 1:
         dist.barrier()
     start, seconds = 0, 0.0
@@ -345,23 +352,23 @@ def main():
         opt.load_state_dict(ckpt["opt"])
         start, seconds = ckpt["step"], ckpt["seconds"]
         del ckpt
-    out = Path(cfg.out)
-    if start >= cfg.steps:
+    out = Path(config.out)
+    if start >= config.steps:
         if main_rank:
             print(f"{out} is finished at step {start}: look at {out / 'samples'}, draw more with "
                   f"`python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps")
         return dist.destroy_process_group() if world > 1 else None
     if main_rank:
         params = sum(p.numel() for p in net.parameters())
-        print(f"training {cfg.model} ({params / 1e6:.1f}M parameters) on {len(pictures):,} pictures of {cfg.data}, "
-              f"{info['size']}x{info['size']}; the paper's CIFAR-10 run of this model: "
-              f"torchrun --nproc_per_node=8 train.py --model {cfg.model} --data cifar10")
-        config = json.dumps(dict(dataclasses.asdict(cfg), info=info), indent=1)
-        data.write_file(out / "config.json", lambda f: f.write(config.encode()))
+        print(f"training {config.model} ({params / 1e6:.1f}M parameters) on {len(pictures):,} pictures of "
+              f"{config.data}, {info['size']}x{info['size']}; the paper's CIFAR-10 run of this model: "
+              f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
+        text = json.dumps(config.record(info), indent=1)
+        data.write_file(out / "config.json", lambda f: f.write(text.encode()))
         keep_log(out / "log.csv", start)
 
     model = net
-    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
+    if config.compile or (config.compile is None and device.type == "cuda"):
         model = torch.compile(model)
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -376,31 +383,31 @@ def main():
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, ask_to_stop)
 
-    rows = range(rank, cfg.batch, world)                            # this process's share of every global batch
-    micro = len(rows) // cfg.accum
+    rows = range(rank, config.batch, world)                            # this process's share of every global batch
+    micro = len(rows) // config.accum
     batches = iter(torch.utils.data.DataLoader(
-        data.Batches(pictures, cfg.batch, rows, cfg.seed, info["flip"]), sampler=range(start, cfg.steps), batch_size=None,
-        num_workers=cfg.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))
+        data.Batches(pictures, config.batch, rows, config.seed, info["flip"]), sampler=range(start, config.steps),
+        batch_size=None, num_workers=config.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))
 
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
             model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-            seconds=seconds + time.time() - clock, config=dict(dataclasses.asdict(cfg), info=info)), f))
+            seconds=seconds + time.time() - clock, config=config.record(info)), f))
 
-    sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t, since the last log
+    sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
     clock, paused, logged, saved = time.time(), 0.0, start, start   # paused: seconds not spent on training steps
-    bar = tqdm(total=cfg.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
-    for step in range(start, cfg.steps + 1):
+    bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
+    for step in range(start, config.steps + 1):
         # log, sample and save first, so that the last step needs no copy of this below the loop
-        leaving = stop.clone()                                      # a signal may come at any moment, and ranks must agree
+        leaving = stop.clone()                                      # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
-        leaving = bool(leaving) or step == cfg.steps
-        if step > start and (step % cfg.log_every == 0 or leaving):
+        leaving = bool(leaving) or step == config.steps
+        if step > start and (step % config.log_every == 0 or leaving):
             if world > 1:
                 dist.all_reduce(sums)
             total, count = sums.tolist()
-            speed = (step - logged) * cfg.batch / (time.time() - clock - paused)
+            speed = (step - logged) * config.batch / (time.time() - clock - paused)
             seconds, clock, paused, logged = seconds + time.time() - clock, time.time(), 0.0, step
             row = dict(step=step, loss=sum(total) / max(1, sum(count)),
                        **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
@@ -415,11 +422,11 @@ def main():
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
             sums.zero_()
         pause = time.time()
-        if main_rank and step > start and (step % cfg.sample_every == 0 or step == cfg.steps):
-            sheet = data.grid(draw_samples(ema, cfg, info, device, precision), columns=8)
+        if main_rank and step > start and (step % config.sample_every == 0 or step == config.steps):
+            sheet = data.grid(draw_samples(ema, config, info, device, precision), columns=8)
             data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
             draw_progress(out / "samples", info["size"])
-        if main_rank and step > saved and (step % cfg.save_every == 0 or leaving):
+        if main_rank and step > saved and (step % config.save_every == 0 or leaving):
             save(step)
             saved = step
         paused += time.time() - pause
@@ -427,38 +434,40 @@ def main():
             break
 
         # all randomness follows from (seed, step), so a resumed run sees the same
-        g = torch.Generator(device).manual_seed(data.seed32(cfg.seed, step))
-        t = diffusion.draw_times(cfg.batch, cfg.time_shift, g, device)[rank::world]
-        eps = torch.randn(cfg.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
-        dropped = torch.rand(cfg.batch, generator=g, device=device)[rank::world] < cfg.drop
+        g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
+        t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
+        eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
+        dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
         x0, y = next(batches)
-        x0 = x0.to(device, non_blocking=True).float() / 127.5 - 1                               # (b, 3, S, S) in [-1, 1]
-        y = y.to(device, non_blocking=True).masked_fill(dropped, null_class) if cfg.cond == "class" else None
+        x0 = x0.to(device, non_blocking=True).float() / 127.5 - 1                       # (b, 3, S, S) in [-1, 1]
+        y = y.to(device, non_blocking=True).masked_fill(dropped, null_class) if config.cond == "class" else None
 
         for group in opt.param_groups:
-            group["lr"] = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup))
-        for m in range(cfg.accum):
-            torch.manual_seed(data.seed32(cfg.seed, step, m, rank))                             # for nn.Dropout alone
+            group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+        for m in range(config.accum):
+            torch.manual_seed(data.seed32(config.seed, step, m, rank))                  # for nn.Dropout alone
             part = slice(m * micro, (m + 1) * micro)
             if world > 1:
-                model.require_backward_grad_sync = m == cfg.accum - 1                           # one exchange a step
+                model.require_backward_grad_sync = m == config.accum - 1                # one exchange a step
             with precision:
-                losses = diffusion.loss(model, x0[part], t[part], eps[part], None if y is None else y[part], schedule, cfg.prediction)
-            (losses.mean() / cfg.accum).backward()
+                losses = diffusion.loss(model, x0[part], t[part], eps[part], y[part] if y is not None else None,
+                                        schedule, config.prediction)
+            (losses.mean() / config.accum).backward()
             bins = (t[part] * 4).long().clamp(max=3)
             sums[0].index_add_(0, bins, losses.detach())
             sums[1].index_add_(0, bins, torch.ones_like(losses))
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        decay = min(cfg.ema, (1 + step) / (10 + step))                                          # a shorter memory early on
+        decay = min(config.ema, (1 + step) / (10 + step))                               # a shorter memory early on
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
         bar.update()
 
     bar.close()
     if main_rank:
-        what = f"finished {cfg.steps} steps" if step == cfg.steps else f"stopped at step {step}; the same command resumes"
-        print(f"{what}, {(seconds + time.time() - clock) / 60:.1f} minutes in all: look at {out / 'samples'}")
+        end, hint = ("finished", "") if step == config.steps else ("stopped", "; the same command resumes")
+        print(f"{end} at step {step}, {(seconds + time.time() - clock) / 60:.1f} minutes in all: "
+              f"look at {out / 'samples'}{hint}")
     if world > 1:
         dist.destroy_process_group()
 

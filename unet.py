@@ -37,7 +37,7 @@ def zero_init(module):
 
 
 def group_norm(channels):
-    """ADM's 32 groups, or in narrow layers fewer, of at least 4 channels: a group of one would lose its channel's mean."""
+    """ADM's 32 groups, or in narrow layers fewer, of 4 channels or more: a group of one loses its channel's mean."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
     return nn.GroupNorm(groups, channels)
 
@@ -142,6 +142,7 @@ class UNet(nn.Module):
                  num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
         super().__init__()
         levels = len(dim_mults)
+        assert levels > 0 and dim % 2 == 0, f"dim_mults {dim_mults} must not be empty, and dim {dim} be even"
         assert img_size % 2 ** (levels - 1) == 0, \
             f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
         assert resample in ("resblock", "conv"), f"resample is 'resblock' or 'conv', not {resample!r}"

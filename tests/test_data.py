@@ -381,6 +381,15 @@ def test_classes_are_the_subfolders_and_order_is_that_of_the_names(album, tmp_pa
     assert pictures.images[:, 0, 0, 0].tolist() == [10, 50, 0, 20], "not the order z.PNG, a.jpeg, b.png, old/a.png"
 
 
+def test_linked_folders_count_and_a_link_in_a_circle_ends(album, tmp_path):
+    src = album("cats/1.png", "more/2.png", "more/3.png")
+    elsewhere = Path(src, "more").rename(tmp_path / "elsewhere")
+    Path(src, "dogs").symlink_to(elsewhere, target_is_directory=True)
+    Path(src, "cats", "back").symlink_to(src, target_is_directory=True)
+    pictures = prepared(src, tmp_path)
+    assert pictures.classes == ["cats", "dogs"] and pictures.labels.tolist() == [0, 1, 1]
+
+
 @pytest.mark.parametrize("paths", [["1.png", "2.png"], ["cats/1.png", "2.png"], ["all/1.png", "all/2.png"]])
 def test_without_two_subfolders_that_hold_everything_there_are_no_classes(paths, album, tmp_path):
     pictures = prepared(album(*paths), tmp_path)

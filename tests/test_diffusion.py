@@ -112,31 +112,39 @@ def test_loss_of_each_image_is_its_squared_distance_from_the_target(schedule, pr
     torch.testing.assert_close(losses, torch.tensor([0.0, 1.0, 4.0, 9.0]), atol=1e-5, rtol=1e-5)
 
 
-def unshifted(t, shift):
-    """The u of which the documented map, t = shift u / (1 + (shift - 1) u), made t."""
-    return t / (shift - (shift - 1) * t)
+def uniform_again(t, shift, spread):
+    """The u of which the documented map, t / (1 - t) = shift (u / (1 - u))^spread, made t."""
+    odds = (t.double() / (1 - t.double()) / shift)**(1 / spread)
+    return odds / (1 + odds)
 
 
-each_shift = pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
+each_density = pytest.mark.parametrize("shift, spread", [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (1.0, 0.4), (1.6, 0.4)])
 
 
-@each_shift
-def test_every_single_time_is_uniform_after_undoing_the_shift(shift):
-    t = torch.stack([diffusion.draw_times(8, shift)[3] for _ in range(4000)])
+@each_density
+def test_every_single_time_is_uniform_after_undoing_shift_and_spread(shift, spread):
+    t = torch.stack([diffusion.draw_times(8, shift, spread)[3] for _ in range(4000)])
     assert 0 <= t.min() and t.max() < 1
-    distance = (unshifted(t, shift).sort().values - torch.linspace(0, 1, len(t))).abs().max().item()
-    assert distance < 1.95 / len(t)**0.5, f"Kolmogorov-Smirnov distance {distance:.4f}: a chance in a thousand"
+    u = uniform_again(t, shift, spread).sort().values
+    distance = (u - torch.linspace(0, 1, len(u))).abs().max().item()
+    assert distance < 1.95 / len(u)**0.5, f"Kolmogorov-Smirnov distance {distance:.4f}: a chance in a thousand"
 
 
-@each_shift
-def test_the_times_of_a_batch_are_evenly_spread(shift):
-    u = unshifted(diffusion.draw_times(64, shift), shift).sort().values
-    torch.testing.assert_close(u.diff(), torch.full((63,), 1 / 64), atol=1e-5, rtol=0)
+@each_density
+def test_the_times_of_a_batch_are_evenly_spread(shift, spread):
+    u = uniform_again(diffusion.draw_times(64, shift, spread), shift, spread).sort().values
+    torch.testing.assert_close(u.diff().float(), torch.full((63,), 1 / 64), atol=1e-5, rtol=0)
 
 
 def test_shift_2_favours_the_noisy_half():
     mean = diffusion.draw_times(10_000, 2.0).mean().item()
     assert mean == pytest.approx(2 - 2 * math.log(2), abs=1e-3)         # the integral of 2u / (1 + u)
+
+
+def test_a_small_spread_gathers_the_times_around_the_median():
+    quartiles = diffusion.draw_times(10_001, 1.5, 0.5).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    odds = 1.5 * torch.tensor([1 / 3, 1, 3])**0.5                       # t / (1 - t) where u is 1/4, 1/2 and 3/4
+    torch.testing.assert_close(quartiles, odds / (1 + odds), atol=1e-3, rtol=0)
 
 
 # ---- from a network to a denoiser --------------------------------------------------------------------

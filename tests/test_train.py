@@ -105,7 +105,8 @@ class Calls:
 # ---- it learns -------------------------------------------------------------------------------------------
 
 def test_a_batch_of_eight_is_overfitted_to_a_tenth_of_the_initial_loss(trained, photos):
-    trained("--data", photos, "--prediction", "eps", "--time-shift", 1, "--steps", 150, "--lr", 3e-3, "--beta2", 0.99,
+    trained("--data", photos, "--prediction", "eps", "--time-shift", 1, "--time-spread", 1, "--steps", 150,
+            "--lr", 3e-3, "--beta2", 0.99,
             model="unet", dim_mults=[1, 1], attn_sizes=[])
     loss = column("loss")
     start, end = loss[0], sum(loss[-25:]) / 25
@@ -360,9 +361,9 @@ def sheets(out):
 
 EFFECTS = dict(                         # another value of a field, and what it must change
     cond=("none", sheet), net=('{"depth": 1}', sheet), schedule=("cosine", weights), prediction=("eps", weights),
-    time_shift=(9, weights), drop=(0.9, weights), steps=(1, rows), batch=(4, weights), lr=(0.1, weights),
-    warmup=(9, weights), weight_decay=(9, weights), beta1=(0.1, weights), beta2=(0.1, weights), ema=(0.01, average),
-    grad_clip=(1e-4, weights), samples=(5, sheet), sampler=("em", sheet), sample_steps=(3, sheet), cfg=(9, sheet),
+    time_shift=(9, weights), time_spread=(9, weights), drop=(0.9, weights), steps=(1, rows), batch=(4, weights),
+    lr=(0.1, weights), warmup=(9, weights), weight_decay=(9, weights), beta1=(0.1, weights), beta2=(0.1, weights),
+    ema=(0.01, average), grad_clip=(1e-4, weights), samples=(5, sheet), sampler=("em", sheet), sample_steps=(3, sheet), cfg=(9, sheet),
     clip=("none", sheet), seed=(5, weights), dtype=("bfloat16", weights), log_every=(2, rows), sample_every=(1, sheets))
 
 
@@ -432,12 +433,14 @@ def test_no_field_of_the_config_is_without_a_test_of_its_flag():
     # numbers
     ("--steps 1e4", "int"), ("--lr fast", "float"), ("--steps 0", "above 0"), ("--batch -8", "above 0"),
     ("--accum 0", "above 0"), ("--lr 0", "above 0"), ("--lr nan", "--lr"), ("--grad-clip 0", "above 0"),
-    ("--time-shift 0", "above 0"), ("--samples 0", "above 0"), ("--sample-steps 0", "above 0"),
+    ("--time-shift 0", "above 0"), ("--time-spread 0", "above 0"), ("--samples 0", "above 0"),
+    ("--sample-steps 0", "above 0"),
     ("--log-every 0", "above 0"), ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
     ("--drop 1", "[0, 1)"), ("--drop -0.1", "[0, 1)"), ("--ema 1", "[0, 1)"), ("--beta1 1", "[0, 1)"),
     ("--beta2 2", "[0, 1)"), ("--warmup -1", "negative"), ("--workers -1", "negative"),
     ("--weight-decay -1", "negative"), ("--seed -1", "negative"), ("--drop 0 --cfg 2", "--cfg 1"),
     ("--lr inf", "--lr"), ("--weight-decay nan", "--weight-decay"), ("--time-shift inf", "--time-shift"),
+    ("--time-spread nan", "--time-spread"),
     ("--cfg nan", "--cfg"), ("--seed 99999999999999999999", "--seed")])
 def test_a_mistake_in_a_flag_is_answered_by_what_is_allowed(argv, says):
     with pytest.raises(data.UserError) as mistake:
