@@ -55,10 +55,13 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")   # file names need not be valid text
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":          # once, not once a process
             print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                             # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_file(path, write):

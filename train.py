@@ -110,7 +110,7 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               sample_every=500, save_every=500)
 
 # Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
-SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.6, steps=20_000, samples=32, cfg=1.0,
+SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, samples=32, cfg=1.0,
                sample_every=1000)
 
 # Narrow networks: most of the width where pictures are small, since at full size a channel costs the most time.
@@ -130,11 +130,12 @@ PRESETS = {
                            net={}),
 
     "unet-emoji64":   dict(SMALL64, model="unet", net=dict(
-        dim=32, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=32, resample="conv", dropout=0.0)),
+        dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, resample="conv",
+        dropout=0.0)),
     "uvit-emoji64":   dict(SMALL64, model="uvit", net=dict(patch_size=4, dim=256, depth=9, heads=4)),
     "iuvit-emoji64":  dict(SMALL64, model="iuvit", net=dict(patch_size=4, dim=256, depth=9, heads=4)),
     "ascend-emoji64": dict(SMALL64, model="ascend", net=dict(
-        dim=32, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=32, dropout=0.0)),
+        dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, dropout=0.0)),
 }
 
 

@@ -472,6 +472,15 @@ def test_a_file_where_the_run_should_go_is_kept(trained, out):
     assert Path("notes").read_text() == "mine"
 
 
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
+    """As in `python train.py --dry-run | head -0`."""
+    run = subprocess.Popen([sys.executable, ROOT / "train.py", "--dry-run"], cwd=tmp_path, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert (run.wait(), run.stderr.read()) == (0, "")
+    run.stderr.close()
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     printed = command("train.py", "--steps", "many", cwd=tmp_path, code=2)
     assert printed.startswith("error: ") and printed.count("\n") == 1 and "--steps" in printed, printed
