@@ -18,6 +18,7 @@ and nothing after that knows any more what kind of set it was.
 Shape letters: N pictures, B pictures of a batch, S pixels a side; 3 is always red, green, blue.
 """
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -51,17 +52,20 @@ class UserError(Exception):
 
 
 def run(main):
-    """main(), but a UserError becomes one line and exit code 2 instead of a traceback."""
+    """main(), but a UserError, or a disk that refuses, becomes one line and exit code 2 instead of a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")   # file names need not be valid text
     try:
         main()
         sys.stdout.flush()
-    except UserError as e:
+    except KeyboardInterrupt:                           # where nothing is in danger: train.py has its own way
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                             # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as e:
         if os.environ.get("RANK", "0") == "0":          # once, not once a process
             print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:                             # `... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_file(path, write):
@@ -73,8 +77,11 @@ def write_file(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except BaseException:                               # also Ctrl-C
-        Path(part).unlink(missing_ok=True)
+    except BaseException as e:                          # also Ctrl-C
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        if isinstance(e, RuntimeError):                 # torch.save's word for a full disk
+            raise OSError(f"cannot write {path}: {e}")
         raise
 
 
@@ -424,13 +431,16 @@ EXTENSIONS = tuple(".jpg .jpeg .png .gif .webp .bmp .ppm .pgm .tif .tiff".split(
 
 def find_pictures(src):
     """All pictures below a folder: relative paths, sorted, since disks have orders of their own. Linked folders count."""
+    def refuse(e):
+        raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
+
     found = []
-    for folder, subfolders, files in os.walk(src, followlinks=True):
+    for folder, subfolders, files in os.walk(src, onerror=refuse, followlinks=True):
         here = Path(folder).resolve()
         subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))
                          and not here.is_relative_to(Path(folder, d).resolve())]        # a link to above: a circle
         found += [Path(folder, f).relative_to(src).as_posix() for f in files
-                  if not f.startswith(".") and f.lower().endswith(EXTENSIONS)]
+                  if not f.startswith(".") and f.lower().endswith(EXTENSIONS) and not Path(folder, f).is_fifo()]
     return sorted(found)
 
 

@@ -122,8 +122,15 @@ def main():
     try:                                                                # now, not after an hour of drawing
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
         Path(args.npz or ".").parent.mkdir(parents=True, exist_ok=True)
+        for file in [out] * (out.suffix == ".png") + [Path(args.npz)] * bool(args.npz):
+            if file.is_dir():
+                fail(f"{file} is a folder, not a file")
+        if out.suffix != ".png" and any(out.iterdir()):
+            fail(f"the folder {out} is not empty: choose another --out, so that nothing is overwritten")
     except OSError as e:
         fail(f"cannot write there: {e}")
+    if world > 1:
+        dist.barrier()                                                  # all have looked, before one writes
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
     blocks = range(0, args.n, args.batch)
@@ -151,10 +158,11 @@ def main():
 
     if out.suffix == ".png":
         columns = min(16, max(1, round(args.n ** 0.5)))
-        data.grid(pictures[:1024], columns).save(out)                   # more would be no picture to look at
+        sheet = data.grid(pictures[:1024], columns)                     # more would be no picture to look at
+        data.write_file(out, lambda f: sheet.save(f, "png"))
     if args.npz:
         labels = {} if y is None else dict(arr_1=y.numpy())
-        np.savez(args.npz, arr_0=pictures.transpose(0, 2, 3, 1), **labels)
+        data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures.transpose(0, 2, 3, 1), **labels))
     print(f"{args.n} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
     if args.score:
         score = data.score_shapes(pictures, y.numpy())

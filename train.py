@@ -1,6 +1,6 @@
 """Train a diffusion model.
 
-    python train.py                                                  a laptop: coloured shapes, ten minutes
+    python train.py                                                  a laptop: coloured shapes, minutes
     python train.py --model iuvit --data cifar10                     one GPU: the paper's CIFAR-10 run
     torchrun --nproc_per_node=8 train.py --model ascend --data cifar10
     python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config below is a flag
@@ -224,13 +224,19 @@ def build(config, info):
 
 
 def gflops(config, info):
-    """Floating-point operations of one forward of one image, in units of 1e9; a multiply-add counts as two."""
+    """Floating-point operations of one forward of one image, in units of 1e9; a multiply-add counts as two.
+
+    The pass has shapes but no numbers, so it also finds at once what does not fit in a network."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
         y = torch.zeros(1, dtype=torch.int64) if config.cond == "class" else None
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(x, t, y)
+        try:
+            assert all(p.numel() for p in net.parameters()), "it has a layer of no width"
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                net(x, t, y)
+        except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
+            error(f"{config.model} with --net {json.dumps(config.net)} cannot run: {e!r}")
     return counter.get_total_flops() / 1e9
 
 
@@ -252,7 +258,7 @@ def open_run(config, info, fresh, main_rank):
                    if k not in FREE and old.get(k) != v]
         if changed:
             error(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
-    elif main_rank:
+    if main_rank:
         if out.exists() and not out.is_dir():
             error(f"--out {out} is a file, not a folder")
         try:
@@ -290,8 +296,11 @@ def draw_progress(folder, size, rows=12):
     files = [files[round(i * (len(files) - 1) / max(1, rows - 1))] for i in range(rows)] if len(files) > rows else files
     strips = []
     for file in files:
-        sheet = Image.open(file)
-        strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
+        try:
+            sheet = Image.open(file)
+            strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
+        except OSError:                                 # damaged: the run is worth more than one of its strips
+            continue
     sheet = Image.new("RGB", (strips[0].width, sum(s.height for s in strips)))
     for i, strip in enumerate(strips):
         sheet.paste(strip, (0, i * strip.height))
@@ -303,10 +312,11 @@ def draw_progress(folder, size, rows=12):
 def main():
     config, fresh, dry_run = parse(sys.argv[1:])
     info = data.describe(config.data, config.data_dir)
+    work = gflops(config, info)                                     # first of all: it refuses networks that cannot run
     if dry_run:
         with torch.device("meta"):
             params = sum(p.numel() for p in build(config, info).parameters())
-        print(json.dumps(dict(dataclasses.asdict(config), params=params, gflops=round(gflops(config, info), 3))))
+        print(json.dumps(dict(dataclasses.asdict(config), params=params, gflops=round(work, 3))))
         return
 
     # processes: one by default, or as many as torchrun started
@@ -347,13 +357,17 @@ def main():
     if world > 1:
         dist.barrier()
     start, seconds = 0, 0.0
-    if ckpt:
-        net.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        opt.load_state_dict(ckpt["opt"])
-        start, seconds = ckpt["step"], ckpt["seconds"]
-        del ckpt
     out = Path(config.out)
+    if ckpt:
+        try:
+            net.load_state_dict(ckpt["model"])
+            ema.load_state_dict(ckpt["ema"])
+            opt.load_state_dict(ckpt["opt"])
+            start, seconds = int(ckpt["step"]), float(ckpt["seconds"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            error(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
+                  "choose another --out, or --fresh to start over")
+        del ckpt
     if start >= config.steps:
         if main_rank:
             print(f"{out} is finished at step {start}: look at {out / 'samples'}, draw more with "
@@ -361,8 +375,8 @@ def main():
         return dist.destroy_process_group() if world > 1 else None
     if main_rank:
         params = sum(p.numel() for p in net.parameters())
-        print(f"training {config.model} ({params / 1e6:.1f}M parameters) on {len(pictures):,} pictures of "
-              f"{config.data}, {info['size']}x{info['size']}; the paper's CIFAR-10 run of this model: "
+        print(f"training {config.model} ({params / 1e6:.1f}M parameters, {work:.2f} GFLOPs a picture) on "
+              f"{len(pictures):,} pictures of {config.data}, {info['size']}x{info['size']}; the paper's CIFAR-10 run of this model: "
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
         text = json.dumps(config.record(info), indent=1)
         data.write_file(out / "config.json", lambda f: f.write(text.encode()))
@@ -399,7 +413,7 @@ def main():
     clock, paused, logged, saved = time.time(), 0.0, start, start   # paused: seconds not spent on training steps
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
     for step in range(start, config.steps + 1):
-        # log, sample and save first, so that the last step needs no copy of this below the loop
+        # log, save and sample first, so that the last step needs no copy of this below the loop
         leaving = stop.clone()                                      # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
@@ -423,13 +437,13 @@ def main():
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
             sums.zero_()
         pause = time.time()
+        if main_rank and step > saved and (step % config.save_every == 0 or leaving):
+            save(step)
+            saved = step
         if main_rank and step > start and (step % config.sample_every == 0 or step == config.steps):
             sheet = data.grid(draw_samples(ema, config, info, device, precision), columns=8)
             data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
             draw_progress(out / "samples", info["size"])
-        if main_rank and step > saved and (step % config.save_every == 0 or leaving):
-            save(step)
-            saved = step
         paused += time.time() - pause
         if leaving:
             break

@@ -72,6 +72,14 @@ def test_any_other_out_is_a_folder_of_single_pngs(drawn):
     assert np.array_equal(pictures, np.stack([Image.open(f"pictures/{file}") for file in files]))
 
 
+def test_a_folder_with_something_in_it_is_left_alone(drawn):
+    Path("mine").mkdir()
+    Path("mine", "000000.png").write_bytes(b"mine")
+    with pytest.raises(data.UserError, match="mine is not empty"):
+        drawn("--out", "mine")
+    assert Path("mine", "000000.png").read_bytes() == b"mine"
+
+
 def test_the_npz_holds_pictures_and_the_classes_asked_for(drawn):
     pictures, classes = drawn("--n", 27)
     assert pictures.shape == (27, 32, 32, 3) and pictures.dtype == np.uint8

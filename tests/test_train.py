@@ -226,6 +226,28 @@ def test_a_truncated_checkpoint_is_refused_and_not_overwritten(trained):
     assert contents() == before
 
 
+def test_a_checkpoint_without_its_weights_is_refused_and_kept(trained):
+    trained("--steps", 2)
+    file = Path("run", "ckpt.pt")
+    ckpt = torch.load(file)
+    del ckpt["ema"]
+    torch.save(ckpt, file)
+    before = contents()
+    with pytest.raises(data.UserError, match="ckpt.pt is damaged or of other code"):
+        trained("--steps", 4)
+    assert contents() == before
+
+
+def test_training_is_saved_before_samples_can_fail(trained):
+    trained("--steps", 2)
+    Path("run", "samples", "step_0000004.png").mkdir()                          # where a picture cannot be written
+    with pytest.raises(OSError):
+        trained("--steps", 4)
+    Path("run", "samples", "step_0000004.png").rmdir()
+    Path("run", "samples", "step_0000002.png").write_bytes(b"")                 # a damaged one is left out
+    assert trained("--steps", 6)["step"] == 6 and column("step") == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint_whole(trained, monkeypatch):
     def full_disk(tensors, file):
         file.write(b"the first half")
@@ -451,9 +473,11 @@ def test_a_mistake_in_a_flag_is_answered_by_what_is_allowed(argv, says):
 @pytest.mark.parametrize("model, net", [
     ("uvit", dict(depth=4)), ("uvit", dict(patch_size=5)), ("uvit", dict(dim=33)), ("uvit", dict(heads=0)),
     ("uvit", dict(dim="wide")), ("uvit", dict(width=8)), ("unet", dict(dim=33)),
-    ("unet", dict(dim_mults=[1] * 7)), ("unet", dict(dropout=2)), ("ascend", dict(window=3))], ids=str)
+    ("unet", dict(dim_mults=[1] * 7)), ("unet", dict(dropout=2)), ("ascend", dict(window=3)),
+    ("unet", dict(channels=1)), ("unet", dict(num_blocks=-1)), ("uvit", dict(heads=-3)), ("iuvit", dict(heads=3.0)),
+    ("unet", dict(dim=0))], ids=str)
 def test_a_network_that_cannot_be_built_is_one_message(trained, model, net):
-    with pytest.raises(data.UserError, match=f"{model} on shapes, 32 pixels: "):
+    with pytest.raises(data.UserError, match=f"{model} on shapes, 32 pixels: |{model} with --net .* cannot run: "):
         trained(model=model, **net)
     assert not Path("run").exists()
 
