@@ -313,7 +313,7 @@ import torch, train
 nets, build = [], train.build
 train.build = lambda *args: nets.append(build(*args)) or nets[-1]
 train.main()
-torch.save(nets[0].state_dict(), "rank" + os.environ["RANK"] + ".pt")
+torch.save(nets[-1].state_dict(), "rank" + os.environ["RANK"] + ".pt")
 """
 
 
