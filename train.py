@@ -484,7 +484,8 @@ def main():
         print(f"{end} at step {step}, {(seconds + time.time() - clock) / 60:.1f} minutes in all: "
               f"look at {out / 'samples'}{hint}")
     if world > 1:
-        dist.destroy_process_group()
+        dist.barrier()                                              # gloo's threads free their last tensors meanwhile;
+        dist.destroy_process_group()                                # without it the two could wait for each other
 
 
 if __name__ == "__main__":
