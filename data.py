@@ -63,7 +63,7 @@ def run(main):
     except BrokenPipeError:                             # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:
-        if os.environ.get("RANK", "0") == "0":          # once, not once a process
+        if os.environ.get("RANK", "0") == "0" or isinstance(e, OSError):        # mistakes are everybody's, told once
             print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
 
@@ -430,7 +430,7 @@ EXTENSIONS = tuple(".jpg .jpeg .png .gif .webp .bmp .ppm .pgm .tif .tiff".split(
 
 
 def find_pictures(src):
-    """All pictures below a folder: relative paths, sorted, since disks have orders of their own. Linked folders count."""
+    """All pictures below a folder, linked folders too: relative paths, sorted, since disks have orders of their own."""
     def refuse(e):
         raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
 
@@ -440,7 +440,8 @@ def find_pictures(src):
         subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))
                          and not here.is_relative_to(Path(folder, d).resolve())]        # a link to above: a circle
         found += [Path(folder, f).relative_to(src).as_posix() for f in files
-                  if not f.startswith(".") and f.lower().endswith(EXTENSIONS) and not Path(folder, f).is_fifo()]
+                  if not f.startswith(".") and f.lower().endswith(EXTENSIONS)
+                  and not Path(folder, f).is_fifo()]    # opening a pipe would wait for a writer
     return sorted(found)
 
 

@@ -122,9 +122,8 @@ def main():
     try:                                                                # now, not after an hour of drawing
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
         Path(args.npz or ".").parent.mkdir(parents=True, exist_ok=True)
-        for file in [out] * (out.suffix == ".png") + [Path(args.npz)] * bool(args.npz):
-            if file.is_dir():
-                fail(f"{file} is a folder, not a file")
+        if out.suffix == ".png" and out.is_dir() or args.npz and Path(args.npz).is_dir():
+            fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
         if out.suffix != ".png" and any(out.iterdir()):
             fail(f"the folder {out} is not empty: choose another --out, so that nothing is overwritten")
     except OSError as e:

@@ -4,7 +4,8 @@
     python tests/judge.py samples.npz
 
 It shares nothing with the scorer of data.py, so where both agree that a sample shows its class, it does.
-Trains in about a minute and a half on one CPU core. Each run trains it anew and first shows how well it reads real pictures.
+Trains in about a minute and a half on one CPU core. Each run trains it anew and first shows how well it reads real
+pictures.
 """
 import argparse
 import sys

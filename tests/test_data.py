@@ -131,7 +131,8 @@ def test_the_scorer_names_what_it_sees(name):
 def test_the_scorer_takes_no_other_figure_for_a_shape():
     x, y = np.meshgrid(*[np.arange(32) / 32 - 0.48] * 2)
     figures = dict(nothing=x > 9, diamond=abs(x) + abs(y) < 0.35, oval=(x / 7)**2 + (y / 4)**2 < 0.05**2,
-                   ell=(abs(x) < 0.3) & (abs(y) < 0.3) & ((x < 0) | (y < 0)), bar=(abs(x) < 0.3) & (abs(y) < 0.2), ring=abs(np.hypot(x, y) - 0.25) < 0.08,
+                   ell=(abs(x) < 0.3) & (abs(y) < 0.3) & ((x < 0) | (y < 0)), bar=(abs(x) < 0.3) & (abs(y) < 0.2),
+                   ring=abs(np.hypot(x, y) - 0.25) < 0.08,
                    half=(np.hypot(x, y) < 0.35) & (x < 0), two=(abs(abs(x) - 0.25) < 0.15) & (abs(y) < 0.15))
     red, grey = data.COLOURS[0][:, None, None], np.full((3, 32, 32), 60)
     for name, figure in figures.items():
@@ -386,6 +387,7 @@ def test_linked_folders_count_and_a_link_in_a_circle_ends(album, tmp_path):
     elsewhere = Path(src, "more").rename(tmp_path / "elsewhere")
     Path(src, "dogs").symlink_to(elsewhere, target_is_directory=True)
     Path(src, "cats", "back").symlink_to(src, target_is_directory=True)
+    os.mkfifo(Path(src, "cats", "pipe.png"))                            # which nobody ever writes to
     pictures = prepared(src, tmp_path)
     assert pictures.classes == ["cats", "dogs"] and pictures.labels.tolist() == [0, 1, 1]
 

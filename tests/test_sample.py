@@ -169,7 +169,7 @@ def test_without_any_run_it_says_how_to_get_one(tmp_path):
 @pytest.mark.parametrize("flags, says", [
     ("--classes 24", "0..23"), ("--classes 3,-1", "0..23"), ("--classes red", "numbers, like 3,5"),
     ("--classes 3,,5", "numbers, like 3,5"), ("--n 0", "at least 1"), ("--batch 0", "at least 1"),
-    ("--steps 0", "at least 1"), ("--seed -1", "negative"), ("--n many", "int"), ("--cfg much", "float"),
+    ("--steps 0", "at least 1"), ("--seed -1", "not be negative"), ("--n many", "int"), ("--cfg much", "float"),
     ("--cfg nan", "--cfg"), ("--sampler euler", "em, ddim, dpm"), ("--clip hard", "none, static, dynamic"),
     ("--weights best", "ema, raw"), ("--device tpu", "auto, cpu, cuda, mps"),
     ("--dtype float16", "auto, float32, bfloat16"), ("--prompts cat", "--prompts cat"),
