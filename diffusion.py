@@ -1,11 +1,13 @@
 """Gaussian diffusion in continuous time: schedules, the loss, guidance, time grids, three samplers.
 
     forward    x_t = alpha(t) x_0 + sigma(t) eps,   eps ~ N(0, I),   alpha^2 + sigma^2 = 1          (Eq. 1)
-    learn      net(x_t, t, y) ~ eps   (or v = alpha eps - sigma x_0)                                (Eq. 4)
+    learn      net(x_t, t, *cond) ~ eps   (or v = alpha eps - sigma x_0)                            (Eq. 4-5)
     sample     start at x ~ N(0, I), t = t_max; walk t down to 0 with denoise(x, t) ~ E[x_0 | x_t]  (Eq. 2-3)
 
 Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1]; the paper's T = 1000 steps are
-t = 1/1000 .. 1. This file never knows which network it has: any f(x, t, y) of the right shape will do.
+t = 1/1000 .. 1. This file never knows which network it has, nor what its condition is: any f(x, t, *cond) of the
+right shape will do, where cond is the tuple of what the network takes beside x and t: () for nothing, (y,) for
+classes, (features, mask) for text.
 """
 import contextlib
 import math
@@ -89,15 +91,15 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
     return odds / (1 + odds)
 
 
-def loss(net, x0, t, eps, y, schedule, prediction="eps"):
+def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
     """Mean squared error of each image, (B,): the simple, unweighted loss of Eq. 4.
 
-    x0, eps (B, C, H, W), t (B,), y as the network takes it. prediction 'v' is Salimans & Ho's target
+    x0, eps (B, C, H, W), t (B,), cond tensors of B rows. prediction 'v' is Salimans & Ho's target
     (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma): unlike eps it also asks for
     x_0 where x_t is all noise, so it learns layout much sooner."""
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     target = eps if prediction == "eps" else alpha * eps - sigma * x0
-    out = net(alpha * x0 + sigma * eps, t, y)
+    out = net(alpha * x0 + sigma * eps, t, *cond)
     return (out.float() - target).square().mean(dim=(1, 2, 3))
 
 
@@ -115,20 +117,21 @@ def clip_x0(x0, how):
     return x0.clamp(-s, s) / s
 
 
-def denoiser(net, schedule, prediction="eps", y=None, null=None, scale=1.0, clip="static", cond_fn=None, cond_scale=1.0):
+def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip="static", cond_fn=None, cond_scale=1.0):
     """denoise(x, t) -> x0 for the samplers below: x (B, C, H, W), t a float, x0 like x.
 
-    y, null: condition and null condition of the batch. scale: classifier-free guidance,
-        out = out(null) + scale * (out(y) - out(null))                                               (Eq. 6)
+    cond, null: condition and null condition of the batch, of equal shapes. scale: classifier-free guidance,
+        out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
     It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means."""
     def predict(x, t):
         t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        if y is None or scale == 1:
-            return net(x, t, y).float()
-        cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).float().chunk(2)
-        return uncond + scale * (cond - uncond)
+        if not cond or scale == 1:
+            return net(x, t, *cond).float()
+        both = [torch.cat(pair) for pair in zip(cond, null)]
+        with_cond, without = net(torch.cat([x, x]), torch.cat([t, t]), *both).float().chunk(2)
+        return without + scale * (with_cond - without)
 
     def denoise(x, t):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)

@@ -137,8 +137,8 @@ def main():
     with diffusion.autocast(device, args.dtype):
         for first in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             ids = range(first, min(first + args.batch, args.n))
-            cond = None if y is None else y[first:ids.stop].to(device)
-            null = None if y is None else torch.full_like(cond, len(config["info"]["classes"]))
+            cond = () if y is None else (y[first:ids.stop].to(device),)
+            null = tuple(torch.full_like(c, len(config["info"]["classes"])) for c in cond)
             noise = diffusion.ImageNoise(data.image_seeds(args.seed, ids), (3, size, size), device)
             denoise = diffusion.denoiser(net, schedule, config["prediction"], cond, null, args.cfg, args.clip)
             x = diffusion.sample(denoise, noise, schedule, args.sampler, args.steps)

@@ -280,11 +280,11 @@ def keep_log(path, step):
 def draw_samples(net, config, info, device, precision):
     """Pictures from the same noise and the same classes every time, uint8 (config.samples, 3, S, S)."""
     n, classes = config.samples, len(info["classes"])
-    y = torch.arange(n, device=device) % classes if config.cond == "class" else None
-    null = torch.full_like(y, classes) if y is not None else None
+    cond = (torch.arange(n, device=device) % classes,) if config.cond == "class" else ()
+    null = tuple(torch.full_like(y, classes) for y in cond)
     noise = diffusion.ImageNoise(data.image_seeds(config.seed, range(n)), (3, info["size"], info["size"]), device)
     schedule = diffusion.SCHEDULES[config.schedule]
-    denoise = diffusion.denoiser(net, schedule, config.prediction, y, null, config.cfg, config.clip)
+    denoise = diffusion.denoiser(net, schedule, config.prediction, cond, null, config.cfg, config.clip)
     with precision:
         x = diffusion.sample(denoise, noise, schedule, config.sampler, config.sample_steps)
     return data.to_uint8(x).cpu().numpy()
@@ -453,7 +453,7 @@ def main():
         dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
         x0, y = next(batches)
         x0 = x0.to(device, non_blocking=True).float() / 127.5 - 1                       # (b, 3, S, S) in [-1, 1]
-        y = y.to(device, non_blocking=True).masked_fill(dropped, null_class) if config.cond == "class" else None
+        cond = (y.to(device, non_blocking=True).masked_fill(dropped, null_class),) if config.cond == "class" else ()
 
         for group in opt.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
@@ -463,8 +463,8 @@ def main():
             if world > 1:
                 model.require_backward_grad_sync = m == config.accum - 1                # one exchange a step
             with precision:
-                losses = diffusion.loss(model, x0[part], t[part], eps[part], y[part] if y is not None else None,
-                                        schedule, config.prediction)
+                losses = diffusion.loss(model, x0[part], t[part], eps[part], schedule, config.prediction,
+                                        [c[part] for c in cond])
             (losses.mean() / config.accum).backward()
             bins = (t[part] * 4).long().clamp(max=3)
             sums[0].index_add_(0, bins, losses.detach())

@@ -34,7 +34,7 @@ def gaussian_x0(x, t, schedule, mean=MEAN, std=STD):
 
 def gaussian_net(schedule, prediction):
     """The network that training on this Gaussian would end in."""
-    def net(x, t, y):
+    def net(x, t):
         t = t[:, None, None, None].double()
         alpha, sigma, x0 = schedule.alpha(t), schedule.sigma(t), gaussian_x0(x, t, schedule)
         eps = (x - alpha * x0) / sigma
@@ -95,7 +95,7 @@ def test_tensors_and_floats_get_the_same_schedule(schedule, what):
 @each_schedule
 def test_x_t_has_the_moments_of_the_forward_process(schedule):
     x0, t, seen = torch.full((len(TIMES), 3, 100, 100), 0.8), torch.tensor(TIMES), []
-    diffusion.loss(lambda x, t, y: seen.append(x) or x, x0, t, torch.randn_like(x0), None, schedule)
+    diffusion.loss(lambda x, t: seen.append(x) or x, x0, t, torch.randn_like(x0), schedule)
     for t, x in zip(TIMES, seen[0]):
         mean, std, sigma = x.mean().item(), x.std().item(), schedule.sigma(t)
         assert mean == pytest.approx(0.8 * schedule.alpha(t), abs=5 * sigma / x.numel()**0.5), f"mean at t = {t}"
@@ -108,7 +108,7 @@ def test_loss_of_each_image_is_its_squared_distance_from_the_target(schedule, pr
     times, y, (x0, eps) = [0.01, 0.3, 0.6, 0.9], torch.arange(4), torch.randn(2, 4, 3, 8, 8)
     alpha, sigma = (torch.tensor([f(t) for t in times])[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     t, target = torch.tensor(times), dict(eps=eps, v=alpha * eps - sigma * x0)[prediction]
-    losses = diffusion.loss(lambda x, t, y: target + y[:, None, None, None], x0, t, eps, y, schedule, prediction)
+    losses = diffusion.loss(lambda x, t, y: target + y[:, None, None, None], x0, t, eps, schedule, prediction, (y,))
     torch.testing.assert_close(losses, torch.tensor([0.0, 1.0, 4.0, 9.0]), atol=1e-5, rtol=1e-5)
 
 
@@ -172,7 +172,7 @@ class ClassNet:
 def guided(scale, y=(2, 5), null=(9, 9)):
     """x0 of two pictures under guidance, and the sizes of the batches that the network was called with."""
     net = ClassNet()
-    denoise = denoiser(net, SCHEDULES["linear"], "v", torch.tensor(y), torch.tensor(null), scale, clip="none")
+    denoise = denoiser(net, SCHEDULES["linear"], "v", (torch.tensor(y),), (torch.tensor(null),), scale, clip="none")
     return denoise(torch.zeros(2, 1, 1, 1), 0.5).flatten(), net.rows
 
 
@@ -213,7 +213,7 @@ def test_dynamic_clip_scales_each_saturated_picture_by_its_own_percentile():
 
 def test_clip_is_what_the_denoiser_returns():
     def x0(clip):
-        far = denoiser(lambda x, t, y: -10 * torch.ones_like(x), SCHEDULES["linear"], "v", clip=clip)
+        far = denoiser(lambda x, t: -10 * torch.ones_like(x), SCHEDULES["linear"], "v", clip=clip)
         return far(torch.zeros(1, 1, 2, 2), 0.5).max().item()
 
     assert x0("none") > 9 and x0("static") == x0("dynamic") == 1
@@ -238,7 +238,7 @@ def mixture_x0(x, t, schedule):
 
 def mixture_net(schedule):
     """Predicts eps exactly; t is the same in all rows."""
-    def net(x, t, y):
+    def net(x, t):
         t = float(t[0])
         return (x - schedule.alpha(t) * mixture_x0(x, t, schedule)) / schedule.sigma(t)
     return net

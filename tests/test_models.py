@@ -119,7 +119,7 @@ def test_first_loss_is_one_because_the_output_starts_at_zero(model):
     x, t, _ = inputs(B=16)
     eps = torch.randn_like(x)
     net = MODELS[model](**TINY[model], img_size=16)
-    first = diffusion.loss(net, x, t, eps, None, diffusion.SCHEDULES["linear"]).mean().item()
+    first = diffusion.loss(net, x, t, eps, diffusion.SCHEDULES["linear"]).mean().item()
     assert first == pytest.approx(1, abs=5 * math.sqrt(2 / eps.numel()))        # 5 standard errors of a mean of squares
     assert first == pytest.approx(eps.square().mean().item())
 
@@ -127,7 +127,7 @@ def test_first_loss_is_one_because_the_output_starts_at_zero(model):
 def test_first_loss_of_uvit_is_a_little_above_one_as_published():
     x, t, _ = inputs(size=32)
     with torch.no_grad():
-        first = diffusion.loss(UViT(), x, t, torch.randn_like(x), None, diffusion.SCHEDULES["linear"]).mean()
+        first = diffusion.loss(UViT(), x, t, torch.randn_like(x), diffusion.SCHEDULES["linear"]).mean()
     assert 1.0 < first < 1.2, f"the first loss is {first:.3f}"
 
 
