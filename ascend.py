@@ -3,13 +3,16 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
 
     x (3, 32, 32) -> conv -> [Swin Swin down] -> [Swin+Attn Swin+Attn down] -> ... -> Res, Attn, Res      encoder, middle
                        |          |   |   |           |          |       |                 |
-                       +---- every output of the encoder is a skip ------+    concatenated in reverse order
+                       +---- every output of the encoder is a skip ------+    concatenated, last first
                        |          |   |   |           |          |       |                 v
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <-----+              decoder
 
-Time (and class) enter as scale and shift: of both norms of every Swin layer, of the second of every ResBlock.
-Against unet.py: Swin blocks in place of the encoder's ResBlocks, and convolutions that change the resolution.
-Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window.
+Time (and class, and the gist of a text) enter as scale and shift: of both norms of every Swin layer, of the second of
+every ResBlock; a text is also read word by word, by cross-attention after each Attn (places assumed, as ADM's).
+Against unet.py: Swin blocks in place of the encoder's ResBlocks, and convolutions that change the resolution. The
+paper's ablation is four arguments: encoder, decoder, skips, resample.
+Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
+L tokens of a text.
 """
 import math
 
@@ -35,6 +38,12 @@ def zero_init(module):
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def masked_mean(tokens, mask):
+    """The mean of the real tokens: (B, L, D), (B, L) bool -> (B, D)."""
+    weight = mask[:, :, None].to(tokens.dtype)
+    return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def relative_index(w):
@@ -92,7 +101,7 @@ def group_norm(channels):
 
 
 class Timed(nn.Module):
-    """A module that reads the embedding of time (and class) beside the map: forward(x, emb)."""
+    """A module that reads the embedding of time (and class, and gist of the text) beside the map: forward(x, emb)."""
 
 
 class SwinLayer(Timed):
@@ -182,6 +191,38 @@ class SpatialAttention(nn.Module):
         return x + self.proj(rearrange(h, "B heads (H W) d -> B (heads d) H W", H=H))
 
 
+class CrossAttention(nn.Module):
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding is never read."""
+
+    def __init__(self, dim, heads, text_dim):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
+        q = rearrange(self.q(x), "B N (heads d) -> B heads N d", heads=self.heads)
+        k, v = rearrange(self.kv(text), "B L (K heads d) -> K B heads L d", K=2, heads=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
+
+
+class TextAttention(nn.Module):
+    """Cross-attention from all positions of a feature map to the tokens of a text."""
+
+    def __init__(self, channels, head_dim, text_dim):
+        super().__init__()
+        self.out_channels = channels
+        self.norm = group_norm(channels)
+        self.attn = CrossAttention(channels, channels // head_dim, text_dim)
+        zero_init(self.attn.proj)
+
+    def forward(self, x, text, mask):                                   # x (B, C, H, W), text (B, L, E), mask (B, L)
+        h = self.attn(rearrange(self.norm(x), "B C H W -> B (H W) C"), text, mask)
+        return x + rearrange(h, "B (H W) C -> B C H W", H=x.shape[2])
+
+
 class Downsample(nn.Conv2d):
     """DDPM's down-sampling: a 3x3 convolution of stride 2."""
 
@@ -201,12 +242,47 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
-class Layer(nn.Sequential):
-    """A few modules in a row, of which the Timed ones also read the embedding."""
+class PatchMerge(nn.Module):
+    """Swin's down-sampling: the four pixels of every 2x2 patch side by side, norm, linear 4C -> C. (Swin's own goes to
+    2C; here, as in the other networks, the next block changes the width.)"""
 
-    def forward(self, x, emb):
+    def __init__(self, channels):
+        super().__init__()
+        self.out_channels = channels
+        self.norm = nn.LayerNorm(4 * channels)
+        self.linear = nn.Linear(4 * channels, channels, bias=False)
+
+    def forward(self, x):                                               # (B, C, H, W) -> (B, C, H/2, W/2)
+        x = self.linear(self.norm(rearrange(x, "B C (H p) (W q) -> B H W (q p C)", p=2, q=2)))
+        return rearrange(x, "B H W C -> B C H W")
+
+
+class PatchExpand(nn.Module):
+    """The reverse (Swin-Unet, arXiv 2105.05537): linear C -> 4C, which become a 2x2 patch of C, norm."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.out_channels = channels
+        self.linear = nn.Linear(channels, 4 * channels, bias=False)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x):                                               # (B, C, H, W) -> (B, C, 2H, 2W)
+        x = self.linear(rearrange(x, "B C H W -> B H W C"))
+        x = self.norm(rearrange(x, "B H W (p q C) -> B (H p) (W q) C", p=2, q=2))
+        return rearrange(x, "B H W C -> B C H W")
+
+
+class Layer(nn.Sequential):
+    """A few modules in a row, of which the Timed ones also read the embedding, and TextAttention the text."""
+
+    def forward(self, x, emb, text):                                    # emb (B, E), text (tokens, mask) or ()
         for module in self:
-            x = module(x, emb) if isinstance(module, Timed) else module(x)
+            if isinstance(module, Timed):
+                x = module(x, emb)
+            elif isinstance(module, TextAttention):
+                x = module(x, *text)
+            else:
+                x = module(x)
         return x
 
     @property
@@ -226,56 +302,70 @@ class ASCEND(nn.Module):
                  channels=3,                # image channels
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
-                 num_blocks=2,              # Swin blocks a level (the decoder has one ResBlock more)
+                 num_blocks=2,              # blocks a level (the decoder has one more)
                  attn_sizes=(16, 8),        # map sizes, in pixels, at which global attention follows each block
                  head_dim=64,               # channels per attention head
                  window=8,                  # side of a window; smaller maps are one window
+                 encoder="swin",            # blocks of the encoder, 'swin' or 'conv': the ResBlocks of a U-Net
+                 decoder="conv",            # blocks of the decoder, 'conv' or 'swin'
+                 skips=True,                # False: the decoder sees the last map alone
+                 resample="conv",           # 'conv', or Swin's 'merge' and its reverse, patch expanding (default assumed)
                  dropout=0.1,
-                 num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
+                 num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
+                 text_dim=0):               # > 0: conditional on text, given as features of this width
         super().__init__()
         levels = len(dim_mults)
         assert levels > 0 and dim % 2 == 0, f"dim_mults {dim_mults} must not be empty, and dim {dim} be even"
+        assert not (num_classes and text_dim), "the condition is a class or a text, not both"
         assert img_size % 2 ** (levels - 1) == 0, \
             f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
+        assert {encoder, decoder} <= {"swin", "conv"}, f"encoder and decoder are 'swin' or 'conv', not {encoder!r}, {decoder!r}"
+        assert resample in ("conv", "merge"), f"resample is 'conv' or 'merge', not {resample!r}"
         E = 4 * dim
+        down, up = (Downsample, Upsample) if resample == "conv" else (PatchMerge, PatchExpand)
 
-        def swin(in_channels, out_channels, size):
-            return SwinBlock(in_channels, out_channels, head_dim, size, window, E, dropout)
-
-        def res(in_channels, out_channels):
+        def block(kind, in_channels, out_channels, size):
+            if kind == "swin":
+                return SwinBlock(in_channels, out_channels, head_dim, size, window, E, dropout)
             return ResBlock(in_channels, out_channels, E, dropout)
 
-        def attention(channels, size):                  # zero or one attention, as a list
-            return [SpatialAttention(channels, head_dim)] if size in attn_sizes else []
+        def attention(channels):
+            text = [TextAttention(channels, head_dim, E)] if text_dim else []
+            return [SpatialAttention(channels, head_dim), *text]
+
+        def attention_at(size, channels):               # none, at most sizes
+            return attention(channels) if size in attn_sizes else []
 
         # embeddings
         self.dim = dim
-        self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None
+        self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder
         size, C = img_size, dim
         self.encoder = nn.ModuleList([Layer(nn.Conv2d(channels, dim, 3, padding=1))])
         for level, mult in enumerate(dim_mults):
             for _ in range(num_blocks):
-                self.encoder.append(Layer(swin(C, mult * dim, size), *attention(mult * dim, size)))
+                self.encoder.append(Layer(block(encoder, C, mult * dim, size), *attention_at(size, mult * dim)))
                 C = mult * dim
             if level < levels - 1:
-                self.encoder.append(Layer(Downsample(C)))
+                self.encoder.append(Layer(down(C)))
                 size //= 2
 
         # middle
-        self.middle = Layer(res(C, C), SpatialAttention(C, head_dim), res(C, C))
+        self.middle = Layer(block("conv", C, C, size), *attention(C), block("conv", C, C, size))
 
-        # decoder: one layer for each skip, whose width is read off the encoder
-        skips = [layer.out_channels for layer in self.encoder]
+        # decoder: one layer for each layer of the encoder, whose output is its skip
+        self.skips = skips
+        widths = [layer.out_channels if skips else 0 for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
             for i in range(num_blocks + 1):
-                layer = [res(C + skips.pop(), mult * dim), *attention(mult * dim, size)]
+                layer = [block(decoder, C + widths.pop(), mult * dim, size), *attention_at(size, mult * dim)]
                 C = mult * dim
                 if level > 0 and i == num_blocks:
-                    layer.append(Upsample(C))
+                    layer.append(up(C))
                     size *= 2
                 self.decoder.append(Layer(*layer))
 
@@ -283,20 +373,30 @@ class ASCEND(nn.Module):
         self.norm = group_norm(C)
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
-    def forward(self, x, t, y=None):
-        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1], y (B,) int64 class or None -> (B, C, H, W)."""
-        assert (y is None) == (self.class_embed is None), "y is given if and only if the model has classes"
-        emb = self.time_embed(timestep_embedding(t, self.dim))          # (B, E)
-        if y is not None:
+    def forward(self, x, t, y=None, mask=None):
+        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+
+        y: None, (B,) int64 class, or (B, L, text_dim) features of a text, of which the tokens where
+        mask (B, L) bool is False are padding (no mask: none is)."""
+        assert (y is None) == (self.class_embed is None and self.text_embed is None), \
+            "y is given if and only if the model has a condition"
+        time, text = timestep_embedding(t, self.dim), ()                # (B, dim)
+        if self.text_embed is not None:
+            mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
+            text = self.text_embed(y), mask                             # (B, L, E), (B, L)
+            time = torch.cat([time, masked_mean(*text)], dim=1)         # (B, dim + E): the gist of the text
+        emb = self.time_embed(time)                                     # (B, E)
+        if self.class_embed is not None:
             emb = emb + self.class_embed(y)                             # (B, E)
 
         h, skips = x, []                                                # (B, 3, H, W)
         for layer in self.encoder:
-            h = layer(h, emb)                                           # (B, mult * dim, H / 2^level, W / 2^level)
+            h = layer(h, emb, text)                                     # (B, mult * dim, H / 2^level, W / 2^level)
             skips.append(h)
-        h = self.middle(h, emb)                                         # (B, C, H / 2^(levels-1), ...)
+        h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            h = layer(torch.cat([h, skips.pop()], dim=1), emb)          # back up, level by level
+            skip = skips.pop()                                          # concatenated: the block takes what it needs
+            h = layer(torch.cat([h, skip], dim=1) if self.skips else h, emb, text)      # back up, level by level
         assert not skips                                                # every skip was used, once
         return self.head(F.silu(self.norm(h)))                          # (B, 3, H, W)
 

@@ -1,10 +1,12 @@
 """IU-ViT, the paper's improved U-ViT (arXiv 2212.13771, Sec. 4): a plain Vision Transformer with long skips.
 `diff uvit.py iuvit.py` lists the improvements: a rearrange-first head (starting at zero: assumed),
-depth-wise convolution in the FFN, and an MLP that turns the plain cosines of time into what the tokens need.
+depth-wise convolution in the FFN, text in cross-attention of its own instead of in the sequence, and an MLP that
+turns the plain cosines of time (with the gist of the text) into what the tokens need. The arguments head, ffn and
+text_attn take each of the first three back.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
-                                              v                   [class, time, patch, patch, ...]
-    6 blocks -------- each output is kept as a skip --------+
+                                              v                   [class, time, patch, patch, ..], but text:
+    6 blocks -------- each output is kept as a skip --------+     each block reads it by cross-attention
       v                                                     |
     1 block in the middle                                   |
       v                                                     |
@@ -12,7 +14,7 @@ depth-wise convolution in the FFN, and an MLP that turns the plain cosines of ti
       v
     eps (3, 32, 32) <- 3x3 conv <- (D/p^2, 32, 32) <- rearrange the tokens themselves: "rearrange first"
 
-Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width.
+Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width, L tokens of a text.
 """
 import math
 
@@ -33,8 +35,14 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class Attention(nn.Module):
-    """Self-attention among all tokens. No bias on q, k, v, as published."""
+def masked_mean(tokens, mask):
+    """The mean of the real tokens: (B, L, D), (B, L) bool -> (B, D)."""
+    weight = mask[:, :, None].to(tokens.dtype)
+    return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention among all tokens, of which text is none. No bias on q, k, v, as in U-ViT."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -47,6 +55,52 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "B N (K heads d) -> K B heads N d", K=3, heads=self.heads)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
+
+
+class CrossAttention(nn.Module):
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding is never read."""
+
+    def __init__(self, dim, heads, text_dim):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
+        q = rearrange(self.q(x), "B N (heads d) -> B heads N d", heads=self.heads)
+        k, v = rearrange(self.kv(text), "B L (K heads d) -> K B heads L d", K=2, heads=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
+
+
+class JointAttention(SelfAttention):
+    """The rival of separate attention (GLIDE, Nichol et al., arXiv 2112.10741): keys and values of the text stand
+    beside those of the tokens, and compete with them in one softmax."""
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
+
+    def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, D), mask (B, L)
+        q, k, v = rearrange(self.qkv(x), "B N (K heads d) -> K B heads N d", K=3, heads=self.heads)
+        text_k, text_v = rearrange(self.kv(text), "B L (K heads d) -> K B heads L d", K=2, heads=self.heads)
+        k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
+        mask = F.pad(mask, (0, x.shape[1]), value=True)[:, None, None]  # (B, 1, 1, L + N)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
+
+
+class MLP(nn.Module):
+    """The Transformer's feed-forward part: every token by itself."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):                                               # (B, N, D)
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class DWConvFFN(nn.Module):
@@ -73,21 +127,28 @@ class DWConvFFN(nn.Module):
         return self.fc2(self.norm2(F.gelu(x)))
 
 
-class Block(nn.Module):
-    """Pre-norm Transformer block; in the second half of the network it first takes in its skip."""
+class IUBlock(nn.Module):
+    """U-ViT's block, which between attention and FFN also reads the text (paper, appendix, Fig. 8 right; a norm
+    before each of the three is assumed, the figure seems to draw two)."""
 
-    def __init__(self, dim, heads, ffn, skip):
+    def __init__(self, dim, heads, ffn, skip, text_attn):
         super().__init__()
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads)
+        self.attn = JointAttention(dim, heads) if text_attn == "concat" else SelfAttention(dim, heads)
+        self.norm_text = nn.LayerNorm(dim) if text_attn == "separate" else None
+        self.cross = CrossAttention(dim, heads, dim) if text_attn == "separate" else None
         self.norm2 = nn.LayerNorm(dim)
         self.ffn = ffn
 
-    def forward(self, x, skip=None):                                    # (B, N, D), skip (B, N, D)
+    def forward(self, x, text, skip=None):                              # x and skip (B, N, D), text (tokens, mask) or ()
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x))
+        if self.cross is None:                                          # no text, or one softmax for all
+            x = x + self.attn(self.norm1(x), *text)
+        else:
+            x = x + self.attn(self.norm1(x))
+            x = x + self.cross(self.norm_text(x), *text)
         return x + self.ffn(self.norm2(x))
 
 
@@ -103,24 +164,35 @@ class IUViT(nn.Module):
                  dim=512,                   # width of a token
                  depth=13,                  # blocks, the middle one included: 6 + 1 + 6
                  heads=8,
-                 num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
+                 head="rearrange",          # 'rearrange' first, or U-ViT's 'linear' first
+                 ffn="dwconv",              # 'dwconv', or U-ViT's 'mlp'
+                 num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
+                 text_dim=0,                # > 0: conditional on text, given as features of this width
+                 text_attn="separate"):     # 'separate' self- and cross-attention, or 'concat', GLIDE's joint one
         super().__init__()
         assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
         assert depth % 2 == 1 and depth > 0, f"depth {depth} counts the middle block, so it is odd"
         assert dim % 2 == 0, f"width {dim} is half cosines, half sines of time, so it is even"
-        assert dim % patch_size**2 == 0, f"rearrange-first needs width {dim} to divide by patch_size^2 = {patch_size**2}"
+        assert not (num_classes and text_dim), "the condition is a class or a text, not both"
+        assert head in ("rearrange", "linear"), f"head is 'rearrange' or 'linear', not {head!r}"
+        assert ffn in ("dwconv", "mlp"), f"ffn is 'dwconv' or 'mlp', not {ffn!r}"
+        assert text_attn in ("separate", "concat"), f"text_attn is 'separate' or 'concat', not {text_attn!r}"
+        assert dim % patch_size**2 == 0 or head == "linear", \
+            f"rearrange-first needs width {dim} to divide by patch_size^2 = {patch_size**2}"
         self.dim, self.patch_size, self.grid = dim, patch_size, img_size // patch_size
 
         # embeddings
-        self.extras = 2 if num_classes else 1                               # tokens before the patches
+        self.extras = bool(num_classes) + 1                                 # tokens before the patches
         self.patch_embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
-        self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim)) if text_dim else None
+        self.time_embed = nn.Sequential(nn.Linear(2 * dim if text_dim else dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
 
         # blocks
         def block(skip):
-            return Block(dim, heads, DWConvFFN(dim, self.grid, self.extras), skip)
+            return IUBlock(dim, heads, DWConvFFN(dim, self.grid, self.extras) if ffn == "dwconv" else MLP(dim), skip,
+                           text_attn if text_dim else None)
 
         self.in_blocks = nn.ModuleList(block(skip=False) for _ in range(depth // 2))
         self.mid_block = block(skip=False)
@@ -128,7 +200,8 @@ class IUViT(nn.Module):
 
         # head
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Conv2d(dim // patch_size**2, channels, 3, padding=1)
+        self.to_pixels = nn.Linear(dim, patch_size**2 * channels) if head == "linear" else nn.Identity()
+        self.head = nn.Conv2d(channels if head == "linear" else dim // patch_size**2, channels, 3, padding=1)
         self.init_weights()
 
     def init_weights(self):
@@ -145,27 +218,36 @@ class IUViT(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, x, t, y=None):
-        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1], y (B,) int64 class or None -> (B, C, H, W)."""
-        assert (y is None) == (self.class_embed is None), "y is given if and only if the model has classes"
+    def forward(self, x, t, y=None, mask=None):
+        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+
+        y: None, (B,) int64 class, or (B, L, text_dim) features of a text, of which the tokens where
+        mask (B, L) bool is False are padding (no mask: none is)."""
+        assert (y is None) == (self.class_embed is None and self.text_embed is None), \
+            "y is given if and only if the model has a condition"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
-        time = self.time_embed(timestep_embedding(t, self.dim))             # (B, D)
-        tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
-        if y is not None:
+        time, text = timestep_embedding(t, self.dim), ()                    # (B, D)
+        if self.text_embed is not None:
+            mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
+            text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
+            time = torch.cat([time, masked_mean(*text)], dim=1)             # (B, 2D): the gist of the text comes with time
+        tokens = [self.time_embed(time)[:, None], x]                        # (B, 1, D), (B, h*w, D)
+        if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
         x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
 
         skips = []
         for block in self.in_blocks:
-            x = block(x)                                                    # (B, N, D)
+            x = block(x, text)                                              # (B, N, D)
             skips.append(x)
-        x = self.mid_block(x)                                               # (B, N, D)
+        x = self.mid_block(x, text)                                         # (B, N, D)
         for block in self.out_blocks:
-            x = block(x, skips.pop())                                       # (B, N, D)
+            x = block(x, text, skips.pop())                                 # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
-        # Linear-first would squeeze a token to p*p*3 numbers before the convolution sees its neighbours; rearrange-first
+        # Linear-first squeezes a token to p*p*C numbers before the convolution sees its neighbours; rearrange-first
         # lays all D numbers out as an image of D/p^2 channels, and the convolution picks from 9 D/p^2 for each pixel.
+        x = self.to_pixels(x)                                               # (B, h*w, D), or linear-first (B, h*w, p*p*C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)
 

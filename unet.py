@@ -7,8 +7,9 @@ arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
                        |          |   |   |          |        |       |                  v
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <--+             decoder
 
-Time (and class) enter every ResBlock as a scale and a shift of its second group norm.
-Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim).
+Time (and class, and the gist of a text) enter every ResBlock as a scale and a shift of its second group norm; a text
+is also read word by word, by cross-attention after each Attn.
+Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), L tokens of a text.
 """
 import math
 
@@ -36,6 +37,12 @@ def zero_init(module):
     return module
 
 
+def masked_mean(tokens, mask):
+    """The mean of the real tokens: (B, L, D), (B, L) bool -> (B, D)."""
+    weight = mask[:, :, None].to(tokens.dtype)
+    return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
 def group_norm(channels):
     """ADM's 32 groups, or in narrow layers fewer, of 4 channels or more: a group of one loses its channel's mean."""
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
@@ -43,7 +50,7 @@ def group_norm(channels):
 
 
 class Timed(nn.Module):
-    """A module that reads the embedding of time (and class) beside the map: forward(x, emb)."""
+    """A module that reads the embedding of time (and class, and gist of the text) beside the map: forward(x, emb)."""
 
 
 class ResBlock(Timed):
@@ -92,6 +99,38 @@ class SpatialAttention(nn.Module):
         return x + self.proj(rearrange(h, "B heads (H W) d -> B (heads d) H W", H=H))
 
 
+class CrossAttention(nn.Module):
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding is never read."""
+
+    def __init__(self, dim, heads, text_dim):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
+        q = rearrange(self.q(x), "B N (heads d) -> B heads N d", heads=self.heads)
+        k, v = rearrange(self.kv(text), "B L (K heads d) -> K B heads L d", K=2, heads=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
+
+
+class TextAttention(nn.Module):
+    """Cross-attention from all positions of a feature map to the tokens of a text."""
+
+    def __init__(self, channels, head_dim, text_dim):
+        super().__init__()
+        self.out_channels = channels
+        self.norm = group_norm(channels)
+        self.attn = CrossAttention(channels, channels // head_dim, text_dim)
+        zero_init(self.attn.proj)
+
+    def forward(self, x, text, mask):                                   # x (B, C, H, W), text (B, L, E), mask (B, L)
+        h = self.attn(rearrange(self.norm(x), "B C H W -> B (H W) C"), text, mask)
+        return x + rearrange(h, "B (H W) C -> B C H W", H=x.shape[2])
+
+
 class Downsample(nn.Conv2d):
     """DDPM's down-sampling: a 3x3 convolution of stride 2."""
 
@@ -112,11 +151,16 @@ class Upsample(nn.Module):
 
 
 class Layer(nn.Sequential):
-    """A few modules in a row, of which the Timed ones also read the embedding."""
+    """A few modules in a row, of which the Timed ones also read the embedding, and TextAttention the text."""
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, text):                                    # emb (B, E), text (tokens, mask) or ()
         for module in self:
-            x = module(x, emb) if isinstance(module, Timed) else module(x)
+            if isinstance(module, Timed):
+                x = module(x, emb)
+            elif isinstance(module, TextAttention):
+                x = module(x, *text)
+            else:
+                x = module(x)
         return x
 
     @property
@@ -139,10 +183,12 @@ class UNet(nn.Module):
                  head_dim=64,               # channels per attention head
                  resample="resblock",       # 'resblock' (ADM, BigGAN) or 'conv' (DDPM)
                  dropout=0.1,
-                 num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
+                 num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
+                 text_dim=0):               # > 0: conditional on text, given as features of this width
         super().__init__()
         levels = len(dim_mults)
         assert levels > 0 and dim % 2 == 0, f"dim_mults {dim_mults} must not be empty, and dim {dim} be even"
+        assert not (num_classes and text_dim), "the condition is a class or a text, not both"
         assert img_size % 2 ** (levels - 1) == 0, \
             f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
         assert resample in ("resblock", "conv"), f"resample is 'resblock' or 'conv', not {resample!r}"
@@ -151,34 +197,39 @@ class UNet(nn.Module):
         def res(in_channels, out_channels, resample=None):
             return ResBlock(in_channels, out_channels, E, dropout, resample)
 
-        def attention(channels, size):                  # zero or one attention, as a list
-            return [SpatialAttention(channels, head_dim)] if size in attn_sizes else []
+        def attention(channels):
+            text = [TextAttention(channels, head_dim, E)] if text_dim else []
+            return [SpatialAttention(channels, head_dim), *text]
+
+        def attention_at(size, channels):               # none, at most sizes
+            return attention(channels) if size in attn_sizes else []
 
         # embeddings
         self.dim = dim
-        self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None
+        self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder
         size, C = img_size, dim
         self.encoder = nn.ModuleList([Layer(nn.Conv2d(channels, dim, 3, padding=1))])
         for level, mult in enumerate(dim_mults):
             for _ in range(num_blocks):
-                self.encoder.append(Layer(res(C, mult * dim), *attention(mult * dim, size)))
+                self.encoder.append(Layer(res(C, mult * dim), *attention_at(size, mult * dim)))
                 C = mult * dim
             if level < levels - 1:
                 self.encoder.append(Layer(res(C, C, "down") if resample == "resblock" else Downsample(C)))
                 size //= 2
 
         # middle
-        self.middle = Layer(res(C, C), SpatialAttention(C, head_dim), res(C, C))
+        self.middle = Layer(res(C, C), *attention(C), res(C, C))
 
         # decoder: one layer for each skip, whose width is read off the encoder
         skips = [layer.out_channels for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
             for i in range(num_blocks + 1):
-                layer = [res(C + skips.pop(), mult * dim), *attention(mult * dim, size)]
+                layer = [res(C + skips.pop(), mult * dim), *attention_at(size, mult * dim)]
                 C = mult * dim
                 if level > 0 and i == num_blocks:
                     layer.append(res(C, C, "up") if resample == "resblock" else Upsample(C))
@@ -189,20 +240,29 @@ class UNet(nn.Module):
         self.norm = group_norm(C)
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
-    def forward(self, x, t, y=None):
-        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1], y (B,) int64 class or None -> (B, C, H, W)."""
-        assert (y is None) == (self.class_embed is None), "y is given if and only if the model has classes"
-        emb = self.time_embed(timestep_embedding(t, self.dim))          # (B, E)
-        if y is not None:
+    def forward(self, x, t, y=None, mask=None):
+        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+
+        y: None, (B,) int64 class, or (B, L, text_dim) features of a text, of which the tokens where
+        mask (B, L) bool is False are padding (no mask: none is)."""
+        assert (y is None) == (self.class_embed is None and self.text_embed is None), \
+            "y is given if and only if the model has a condition"
+        time, text = timestep_embedding(t, self.dim), ()                # (B, dim)
+        if self.text_embed is not None:
+            mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
+            text = self.text_embed(y), mask                             # (B, L, E), (B, L)
+            time = torch.cat([time, masked_mean(*text)], dim=1)         # (B, dim + E): the gist of the text
+        emb = self.time_embed(time)                                     # (B, E)
+        if self.class_embed is not None:
             emb = emb + self.class_embed(y)                             # (B, E)
 
         h, skips = x, []                                                # (B, 3, H, W)
         for layer in self.encoder:
-            h = layer(h, emb)                                           # (B, mult * dim, H / 2^level, W / 2^level)
+            h = layer(h, emb, text)                                     # (B, mult * dim, H / 2^level, W / 2^level)
             skips.append(h)
-        h = self.middle(h, emb)                                         # (B, C, H / 2^(levels-1), ...)
+        h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            h = layer(torch.cat([h, skips.pop()], dim=1), emb)          # back up, level by level
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb, text)    # back up, level by level
         assert not skips                                                # every skip was used, once
         return self.head(F.silu(self.norm(h)))                          # (B, 3, H, W)
 

@@ -2,7 +2,7 @@
 It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
-                                              v                   [class, time, patch, patch, ...]
+                                              v                   [class, time, text .., patch, patch, ..]
     6 blocks -------- each output is kept as a skip --------+
       v                                                     |
     1 block in the middle                                   |
@@ -11,7 +11,7 @@ It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff
       v
     eps (3, 32, 32) <- 3x3 conv <- (3, 32, 32) <- linear D -> p*p*3, rearrange to the image: "linear first"
 
-Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width.
+Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width, L tokens of a text.
 """
 import math
 
@@ -42,9 +42,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):                                               # (B, N, D)
+    def forward(self, x, mask):                                         # x (B, N, D), mask None or (B, 1, 1, N)
         q, k, v = rearrange(self.qkv(x), "B N (K heads d) -> K B heads N d", K=3, heads=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
 
 
@@ -71,10 +71,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.ffn = ffn
 
-    def forward(self, x, skip=None):                                    # (B, N, D), skip (B, N, D)
+    def forward(self, x, mask, skip=None):                              # x and skip (B, N, D)
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x))
+        x = x + self.attn(self.norm1(x), mask)
         return x + self.ffn(self.norm2(x))
 
 
@@ -90,17 +90,22 @@ class UViT(nn.Module):
                  dim=512,                   # width of a token
                  depth=13,                  # blocks, the middle one included: 6 + 1 + 6
                  heads=8,
-                 num_classes=0):            # > 0: conditional on a class; index num_classes is the null class
+                 num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
+                 text_dim=0,                # > 0: conditional on text, given as features of this width
+                 text_len=77):              # places for text in the sequence; longer texts are cut
         super().__init__()
         assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
         assert depth % 2 == 1 and depth > 0, f"depth {depth} counts the middle block, so it is odd"
         assert dim % 2 == 0, f"width {dim} is half cosines, half sines of time, so it is even"
+        assert not (num_classes and text_dim), "the condition is a class or a text, not both"
         self.dim, self.patch_size, self.grid = dim, patch_size, img_size // patch_size
 
         # embeddings
-        self.extras = 2 if num_classes else 1                               # tokens before the patches
+        self.text_len = text_len if text_dim else 0
+        self.extras = bool(num_classes) + 1 + self.text_len                 # tokens before the patches
         self.patch_embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.text_embed = nn.Linear(text_dim, dim) if text_dim else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
 
         # blocks
@@ -128,22 +133,32 @@ class UViT(nn.Module):
                     nn.init.zeros_(m.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, x, t, y=None):
-        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1], y (B,) int64 class or None -> (B, C, H, W)."""
-        assert (y is None) == (self.class_embed is None), "y is given if and only if the model has classes"
+    def forward(self, x, t, y=None, mask=None):
+        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+
+        y: None, (B,) int64 class, or (B, L, text_dim) features of a text, of which the tokens where
+        mask (B, L) bool is False are padding (no mask: none is)."""
+        assert (y is None) == (self.class_embed is None and self.text_embed is None), \
+            "y is given if and only if the model has a condition"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         tokens = [timestep_embedding(t, self.dim)[:, None], x]              # (B, 1, D), (B, h*w, D)
-        if y is not None:
+        keys = None                                                         # which tokens may be read: all
+        if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
+        if self.text_embed is not None:
+            mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
+            pad = self.text_len - y.shape[1]                                # below zero, it cuts
+            tokens.insert(1, self.text_embed(F.pad(y, (0, 0, 0, pad))))     # (B, text_len, D)
+            keys = F.pad(F.pad(mask, (0, pad)), (1, x.shape[1]), value=True)[:, None, None]     # (B, 1, 1, N)
         x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
 
         skips = []
         for block in self.in_blocks:
-            x = block(x)                                                    # (B, N, D)
+            x = block(x, keys)                                              # (B, N, D)
             skips.append(x)
-        x = self.mid_block(x)                                               # (B, N, D)
+        x = self.mid_block(x, keys)                                         # (B, N, D)
         for block in self.out_blocks:
-            x = block(x, skips.pop())                                       # (B, N, D)
+            x = block(x, keys, skips.pop())                                 # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
         x = self.to_pixels(x)                                               # (B, h*w, p*p*C)

@@ -9,15 +9,29 @@ from einops import rearrange
 from torch import nn
 
 import diffusion
-from ascend import ASCEND, SwinBlock, WindowAttention
+from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, WindowAttention
 from conftest import TINY
-from iuvit import IUViT
+from iuvit import CrossAttention, IUViT
 from unet import SpatialAttention, UNet, group_norm, timestep_embedding
 from uvit import Attention, UViT
 
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
+CLASS, TEXT = dict(num_classes=3), dict(text_dim=8)
 each_model = pytest.mark.parametrize("model", MODELS)
-each_condition = pytest.mark.parametrize("classes", [0, 3], ids=["unconditional", "class"])
+each_condition = pytest.mark.parametrize("condition", [{}, CLASS, TEXT], ids=["unconditional", "class", "text"])
+
+# the choices that are not the default: (model, arguments, parameters of the CIFAR-10 model, which parts change)
+CHOICES = [
+    ("unet", dict(resample="conv"), 38_307_203, "encoder decoder"),
+    ("iuvit", dict(head="linear"), 45_153_376, "to_pixels head"),
+    ("iuvit", dict(ffn="mlp"), 44_777_859, "ffn"),
+    ("iuvit", dict(head="linear", ffn="mlp"), 44_780_640, "to_pixels head ffn"),
+    ("ascend", dict(encoder="conv"), 39_625_603, "encoder"),
+    ("ascend", dict(decoder="swin"), 54_605_327, "decoder"),
+    ("ascend", dict(encoder="conv", decoder="swin"), 46_192_855, "encoder decoder"),
+    ("ascend", dict(skips=False), 41_345_723, "decoder"),
+    ("ascend", dict(resample="merge"), 46_323_003, "encoder decoder"),
+    ("iuvit", dict(text_dim=1024, text_attn="concat"), 52_754_307, "attn cross norm_text")]
 
 
 @pytest.fixture(autouse=True)
@@ -29,18 +43,23 @@ def count(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def awake(model, classes=0, **net):
+def awake(model, **net):
     """A tiny network with every parameter moved off its start: an output that begins at zero proves nothing."""
-    net = MODELS[model](num_classes=classes, **{**TINY[model], "img_size": 16, **net}).eval()
+    net = MODELS[model](**{**TINY[model], "img_size": 16, **net}).eval()
     with torch.no_grad():
         for p in net.parameters():
             p += 0.05 * torch.randn_like(p)
     return net
 
 
-def inputs(classes=0, B=4, size=16):
-    """x, t, y of a batch; among the classes is the null one."""
-    return torch.randn(B, 3, size, size), torch.rand(B), torch.arange(B) % (classes + 1) if classes else None
+def inputs(B=4, size=16, num_classes=0, text_dim=0, **_):
+    """x, t and the condition of a batch; among the classes is the null one, texts have 1 to 5 tokens and a padding."""
+    x, t = torch.randn(B, 3, size, size), torch.rand(B)
+    if num_classes:
+        return x, t, torch.arange(B) % (num_classes + 1)
+    if text_dim:
+        return x, t, torch.randn(B, 6, text_dim), torch.arange(6) < (torch.arange(B) % 5 + 1)[:, None]
+    return x, t
 
 
 def difference(a, b):
@@ -50,14 +69,35 @@ def difference(a, b):
 
 # ---- size and shape ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("model, parameters, net", [
-    ("unet", 42_855_427, {}), ("unet", 38_307_203, dict(resample="conv")),
-    ("uvit", 44_255_328, {}), ("iuvit", 45_150_595, {}), ("ascend", 48_038_075, {})])
-def test_parameter_count_is_exact_and_the_docstring_knows_it(model, parameters, net):
+@pytest.mark.parametrize("model, parameters", [
+    ("unet", 42_855_427), ("uvit", 44_255_328), ("iuvit", 45_150_595), ("ascend", 48_038_075)])
+def test_parameter_count_is_exact_and_the_docstring_knows_it(model, parameters):
     with torch.device("meta"):
-        assert count(MODELS[model](**net)) == parameters
-    if not net:
-        assert f"{parameters:,}" in MODELS[model].__doc__
+        assert count(MODELS[model]()) == parameters
+    assert f"{parameters:,}" in MODELS[model].__doc__
+
+
+@pytest.mark.parametrize("model, choice, parameters, parts", CHOICES)
+def test_a_choice_changes_the_parts_it_names_and_nothing_else(model, choice, parameters, parts):
+    with torch.device("meta"):
+        usual = MODELS[model](text_dim=choice.get("text_dim", 0))
+        other = MODELS[model](**choice)
+    assert count(other) == parameters
+    shapes = [{(name, p.shape) for name, p in net.named_parameters()} for net in (usual, other)]
+    changed = {name for name, _ in shapes[0] ^ shapes[1]}
+    assert all(set(name.split(".")) & set(parts.split()) for name in changed)
+    assert all(any(part in name.split(".") for name in changed) for part in parts.split())
+
+
+def test_with_the_old_head_and_ffn_iuvit_is_uvit_with_an_mlp_for_time():
+    """What remains, apart from that, is that its last convolution starts at zero."""
+    net, old = dict(dim=32, depth=5, heads=2, num_classes=3), UViT(dim=32, depth=5, heads=2, num_classes=3)
+    new = IUViT(**net, head="linear", ffn="mlp")
+    assert count(new) - count(old) == 2 * (32 * 32 + 32)
+    new.time_embed = nn.Identity()
+    new.load_state_dict(old.state_dict())
+    x, t, y = inputs(size=32, **CLASS)
+    torch.testing.assert_close(new(x, t, y), old(x, t, y))
 
 
 @each_model
@@ -70,9 +110,9 @@ def test_classes_cost_one_embedding_each_and_one_for_the_null_class(model):
 
 @each_model
 @each_condition
-def test_output_is_a_float32_picture_like_the_input(model, classes):
-    x, t, y = inputs(classes)
-    out = awake(model, classes)(x, t, y)
+def test_output_is_a_float32_picture_like_the_input(model, condition):
+    x, *rest = inputs(**condition)
+    out = awake(model, **condition)(x, *rest)
     assert out.shape == x.shape and out.dtype == torch.float32 and out.isfinite().all()
 
 
@@ -82,7 +122,7 @@ def test_output_is_a_float32_picture_like_the_input(model, classes):
     ("iuvit", 8, {}), ("iuvit", 40, {}),
     ("ascend", 2, {}), ("ascend", 48, {}), ("ascend", 12, dict(window=3)), ("ascend", 20, dict(window=5))])
 def test_any_square_size_that_divides_is_accepted(model, img_size, net):
-    x, t, _ = inputs(size=img_size)
+    x, t = inputs(size=img_size)
     out = awake(model, img_size=img_size, **net)(x, t)
     assert out.shape == x.shape and out.isfinite().all()
 
@@ -116,7 +156,7 @@ def test_sizes_that_do_not_divide_say_so(model, net, message):
 
 @pytest.mark.parametrize("model", ["unet", "iuvit", "ascend"])
 def test_first_loss_is_one_because_the_output_starts_at_zero(model):
-    x, t, _ = inputs(B=16)
+    x, t = inputs(B=16)
     eps = torch.randn_like(x)
     net = MODELS[model](**TINY[model], img_size=16)
     first = diffusion.loss(net, x, t, eps, diffusion.SCHEDULES["linear"]).mean().item()
@@ -125,49 +165,86 @@ def test_first_loss_is_one_because_the_output_starts_at_zero(model):
 
 
 def test_first_loss_of_uvit_is_a_little_above_one_as_published():
-    x, t, _ = inputs(size=32)
+    x, t = inputs(size=32)
     with torch.no_grad():
         first = diffusion.loss(UViT(), x, t, torch.randn_like(x), diffusion.SCHEDULES["linear"]).mean()
     assert 1.0 < first < 1.2, f"the first loss is {first:.3f}"
 
 
-@each_model
-@each_condition
-def test_every_parameter_gets_a_gradient(model, classes):
-    net = awake(model, classes)
-    net(*inputs(classes)).square().mean().backward()
+def assert_every_parameter_gets_a_gradient(model, net):
+    batch, net = inputs(**net), awake(model, **net)
+    net(*batch).square().mean().backward()
     idle = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not idle, f"no gradient reaches {idle}"
+
+
+@each_model
+@each_condition
+def test_every_parameter_gets_a_gradient(model, condition):
+    assert_every_parameter_gets_a_gradient(model, condition)
+
+
+@pytest.mark.parametrize("model, choice", [(model, choice) for model, choice, *_ in CHOICES])
+def test_every_parameter_gets_a_gradient_whatever_is_chosen(model, choice):
+    assert_every_parameter_gets_a_gradient(model, choice)
 
 
 # ---- what the output depends on ----------------------------------------------------------------------
 
 @each_model
-def test_nothing_leaks_across_the_batch(model):
-    net, (x, t, y) = awake(model, 3), inputs(3)
-    alone, together = net(x[:1], t[:1], y[:1]), net(x, t, y)[:1]
+@each_condition
+def test_nothing_leaks_across_the_batch(model, condition):
+    net, batch = awake(model, **condition), inputs(**condition)
+    alone, together = net(*(rows[:1] for rows in batch)), net(*batch)[:1]
     assert difference(together, alone) < 1e-4
 
 
 @each_model
-@pytest.mark.parametrize("changed", ["x", "t", "y"])
-def test_output_depends_on_each_input(model, changed):
-    net, batch = awake(model, 3), dict(zip("xty", inputs(3)))
+@pytest.mark.parametrize("condition, changed", [(CLASS, "x"), (CLASS, "t"), (CLASS, "y"), (TEXT, "y"), (TEXT, "mask")])
+def test_output_depends_on_each_input(model, condition, changed):
+    net, batch = awake(model, **condition), dict(zip(["x", "t", "y", "mask"], inputs(**condition)))
     other = {**batch, changed: batch[changed].roll(1, dims=0)}
     assert difference(net(**other), net(**batch)) > 1e-3
 
 
 @each_model
 @each_condition
-def test_a_class_is_given_if_and_only_if_the_model_has_classes(model, classes):
-    x, t, _ = inputs()
+def test_a_condition_is_given_if_and_only_if_the_model_has_one(model, condition):
+    x, t = inputs()
     with pytest.raises(AssertionError, match="if and only if"):
-        awake(model, classes)(x, t, None if classes else torch.zeros(4, dtype=torch.int64))
+        awake(model, **condition)(x, t, None if condition else torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="a class or a text, not both"):
+        awake(model, **CLASS, **TEXT)
+
+
+TEXT_CHOICES = [("unet", {}), ("uvit", {}), ("iuvit", {}), ("iuvit", dict(text_attn="concat")), ("ascend", {})]
+
+
+@pytest.mark.parametrize("model, choice", TEXT_CHOICES)
+def test_padding_of_a_text_changes_nothing(model, choice):
+    net, (x, t, y, mask) = awake(model, **TEXT, **choice), inputs(**TEXT)
+    whole = net(x, t, y, mask)
+    longer = F.pad(y.masked_fill(~mask[:, :, None], 100.0), (0, 0, 0, 3), value=-100.0)
+    assert difference(net(x, t, longer, F.pad(mask, (0, 3))), whole) < 1e-4
+    bare = torch.cat([net(x[i:i + 1], t[i:i + 1], y[i:i + 1, :mask[i].sum()]) for i in range(4)])      # no mask at all
+    assert difference(bare, whole) < 1e-4
+
+
+@pytest.mark.parametrize("model, choice", TEXT_CHOICES)
+def test_a_text_without_a_single_token_is_no_softmax_over_nothing(model, choice):
+    net, (x, t, y, mask) = awake(model, **TEXT, **choice), inputs(**TEXT)
+    assert net(x, t, y, mask & False).isfinite().all()
+
+
+def test_uvit_cuts_texts_that_are_longer_than_their_places():
+    net, (x, t, y, mask) = awake("uvit", text_len=2, **TEXT), inputs(**TEXT)
+    torch.testing.assert_close(net(x, t, y, mask), net(x, t, y[:, :2], mask[:, :2]))
 
 
 @each_model
-def test_bfloat16_autocast_changes_little(model):
-    net, batch = awake(model, 3), inputs(3)
+@each_condition
+def test_bfloat16_autocast_changes_little(model, condition):
+    net, batch = awake(model, **condition), inputs(**condition)
     with torch.autocast("cpu", torch.bfloat16):
         rough = net(*batch)
     assert rough.dtype == torch.bfloat16
@@ -177,7 +254,7 @@ def test_bfloat16_autocast_changes_little(model):
 @pytest.mark.parametrize("model, net", [
     ("unet", {}), ("uvit", dict(depth=5)), ("iuvit", dict(depth=5)), ("ascend", {})])
 def test_every_output_of_the_encoder_is_a_skip_and_every_skip_matters(model, net):
-    net, (x, t, _) = awake(model, **net), inputs(B=2)
+    net, (x, t) = awake(model, **net), inputs(B=2)
     encoder, decoder = (net.encoder, net.decoder) if hasattr(net, "encoder") else (net.in_blocks, net.out_blocks)
     assert len(encoder) == len(decoder)
     kept = []
@@ -190,14 +267,22 @@ def test_every_output_of_the_encoder_is_a_skip_and_every_skip_matters(model, net
         handle.remove()
 
 
-def without(skip, x, other):
+def without(skip, x, cond, other):
     """A decoder block's arguments with the skip blanked: beside x in the ViTs, part of it in the hierarchical ones."""
-    if other.shape == skip.shape:
+    if skip.dim() == 3:                                         # tokens (B, N, D)
         assert torch.equal(other, skip)
-        return x, torch.zeros_like(skip)
+        return x, cond, torch.zeros_like(skip)
     h, end = x.split([x.shape[1] - skip.shape[1], skip.shape[1]], dim=1)
     assert torch.equal(end, skip)
-    return torch.cat([h, torch.zeros_like(skip)], dim=1), other
+    return torch.cat([h, torch.zeros_like(skip)], dim=1), cond, other
+
+
+def test_without_skips_the_decoder_of_ascend_sees_the_last_map_alone():
+    net, seen = awake("ascend", skips=False), []
+    for layer in net.decoder:
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
+    net(*inputs())
+    assert seen == [net.middle.out_channels, *(layer.out_channels for layer in net.decoder[:-1])]
 
 
 # ---- parts -------------------------------------------------------------------------------------------
@@ -228,7 +313,7 @@ def test_patches_go_back_where_they_came_from(model):
     net.patch_embed.weight.data = rearrange(torch.eye(12), "D (p q C) -> D C p q", p=2, q=2)
     net.norm = net.to_pixels = nn.Identity()
     nn.init.dirac_(net.head.weight)
-    x, t, _ = inputs(size=12)
+    x, t = inputs(size=12)
     torch.testing.assert_close(net(x, t), x)
 
 
@@ -241,7 +326,17 @@ def test_attention_is_a_softmax_written_out():
     attn, x = Attention(12, heads=3), torch.randn(2, 5, 12)
     q, k, v = (part.view(2, 5, 3, 4).transpose(1, 2) for part in attn.qkv(x).split(12, dim=2))
     out = softmax_attention(q, k, v).transpose(1, 2).reshape(2, 5, 12)
-    torch.testing.assert_close(attn(x), attn.proj(out))
+    torch.testing.assert_close(attn(x, None), attn.proj(out))
+
+
+def test_cross_attention_is_a_softmax_over_the_real_tokens_of_the_text():
+    attn, x, text, mask = CrossAttention(12, 3, text_dim=8), torch.randn(2, 5, 12), torch.randn(2, 4, 8), torch.ones(2, 4) > 0
+    mask[1, 2:] = False
+    for i, real in enumerate([4, 2]):
+        q, (k, v) = attn.q(x[i]), attn.kv(text[i, :real]).split(12, dim=1)
+        q, k, v = (part.view(1, -1, 3, 4).transpose(1, 2) for part in (q, k, v))
+        out = softmax_attention(q, k, v).transpose(1, 2).reshape(5, 12)
+        torch.testing.assert_close(attn(x, text, mask)[i], attn.proj(out))
 
 
 def test_spatial_attention_is_a_softmax_over_all_positions():
@@ -282,3 +377,16 @@ def test_swin_block_shifts_its_second_layer_unless_one_window_covers_the_map(siz
     block = SwinBlock(8, 8, head_dim=4, size=size, window=8, emb_dim=8, dropout=0.0)
     assert (block.plain.attn.w, block.plain.attn.shift) == (window, 0)
     assert (block.shifted.attn.w, block.shifted.attn.shift) == (window, shift)
+
+
+def test_patch_merging_reads_the_four_pixels_in_the_published_order():
+    merge, x = PatchMerge(3), torch.randn(2, 3, 4, 6)
+    y = x.permute(0, 2, 3, 1)
+    four = torch.cat([y[:, 0::2, 0::2], y[:, 1::2, 0::2], y[:, 0::2, 1::2], y[:, 1::2, 1::2]], dim=-1)
+    torch.testing.assert_close(merge(x), merge.linear(merge.norm(four)).permute(0, 3, 1, 2))
+
+
+def test_patch_expanding_makes_a_position_a_patch():
+    expand, x = PatchExpand(3), torch.randn(2, 3, 4, 6)
+    parts = expand.linear(x[:, :, 1, 2]).view(2, 2, 2, 3)                               # of position (1, 2)
+    torch.testing.assert_close(expand(x)[:, :, 2:4, 4:6], expand.norm(parts).permute(0, 3, 1, 2))
