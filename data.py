@@ -538,12 +538,31 @@ def folder_source(src, size, limit):
 
 # ---- prepare: a source is converted, once --------------------------------------------------------
 
-BUILT_IN = {              # flip: may training mirror pictures? Not emoji, with their letters and hands
-    "shapes":   dict(size=32, classes=SHAPE_CLASSES, flip=False, source=shapes_source),
-    "shapes64": dict(size=64, classes=SHAPE_CLASSES, flip=False, source=shapes_source),
-    "emoji64":  dict(size=64, classes=[], flip=False, source=emoji_source),
-    "emoji128": dict(size=128, classes=[], flip=False, source=emoji_source),
-    "cifar10":  dict(size=32, classes=CIFAR_CLASSES, flip=True, source=cifar_source),
+def numbered(n):
+    """Names of classes that have none until their set is prepared."""
+    return [f"class {i}" for i in range(1, n + 1)]
+
+
+def not_yet(src, size, limit):
+    raise UserError("this set can be described, but not prepared yet")
+
+
+BUILT_IN = {              # flip: may training mirror pictures? Not emoji, with their letters and hands, and not what
+                          # long captions tell the left and right of
+    "shapes":      dict(size=32, classes=SHAPE_CLASSES, captions=False, flip=False, source=shapes_source),
+    "shapes64":    dict(size=64, classes=SHAPE_CLASSES, captions=False, flip=False, source=shapes_source),
+    "emoji64":     dict(size=64, classes=[], captions=True, flip=False, source=emoji_source),
+    "emoji128":    dict(size=128, classes=[], captions=True, flip=False, source=emoji_source),
+    "cifar10":     dict(size=32, classes=CIFAR_CLASSES, captions=False, flip=True, source=cifar_source),
+    "celeba64":    dict(size=64, classes=[], captions=False, flip=True, source=not_yet),
+    "celebahq256": dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
+    "church256":   dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
+    "bedroom256":  dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
+    "cub64":       dict(size=64, classes=numbered(200), captions=True, flip=True, source=not_yet),
+    "cub128":      dict(size=128, classes=numbered(200), captions=True, flip=True, source=not_yet),
+    "imagenet64":  dict(size=64, classes=numbered(1000), captions=False, flip=True, source=not_yet),
+    "cc12m64":     dict(size=64, classes=[], captions=True, flip=False, source=not_yet),
+    "laion128":    dict(size=128, classes=[], captions=True, flip=False, source=not_yet),
 }
 OWN = dict(size=None, flip=True, source=folder_source)  # the row of any other name
 
@@ -681,8 +700,8 @@ def not_there(name, data_dir):
 
 
 def describe(name, data_dir):
-    """dict(size=, classes=, flip=) of a set, of a built-in one without touching the disk."""
-    meta = BUILT_IN.get(name) or read_meta(set_folder(name, data_dir))
+    """dict(size=, classes=, flip=) of a set. Of a built-in one also before it is prepared."""
+    meta = read_meta(set_folder(name, data_dir)) or BUILT_IN.get(name)
     if not meta:
         raise not_there(name, data_dir)
     return {key: meta[key] for key in ("size", "classes", "flip")}
@@ -738,7 +757,7 @@ class Batches(torch.utils.data.Dataset):
 
 def open_or_prepare(name, data_dir):
     """open_set, after making a built-in set that needs neither source nor download."""
-    if name in BUILT_IN and name != "cifar10":
+    if BUILT_IN.get(name, OWN)["source"] in (shapes_source, emoji_source):
         prepare(name, data_dir)
     return open_set(name, data_dir)
 

@@ -542,6 +542,14 @@ def test_a_set_that_is_not_there_comes_with_the_command_that_makes_it(look, tmp_
         look("cats", "datasets")
 
 
+@pytest.mark.parametrize("name, size, classes", [
+    ("cifar10", 32, 10), ("celeba64", 64, 0), ("church256", 256, 0), ("bedroom256", 256, 0), ("celebahq256", 256, 0),
+    ("cub64", 64, 200), ("cub128", 128, 200), ("imagenet64", 64, 1000), ("cc12m64", 64, 0), ("laion128", 128, 0)])
+def test_the_sets_of_the_paper_are_described_before_they_are_prepared(name, size, classes):
+    described = data.describe(name, "/nowhere")
+    assert described["size"] == size and len(set(described["classes"])) == len(described["classes"]) == classes
+
+
 def test_a_built_in_set_is_described_without_the_disk():
     assert data.describe("shapes64", "/nowhere") == dict(size=64, classes=data.SHAPE_CLASSES, flip=False)
     with pytest.raises(data.UserError, match="not in /nowhere yet: `python data.py prepare shapes64 --data-dir /now"):
