@@ -34,6 +34,7 @@ import textwrap
 import unicodedata
 import urllib.request
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,6 +89,9 @@ def write_file(path, write):
 def read_checkpoint(path):
     """A checkpoint of train.py, a plain dict, on the CPU. Loading it runs no code in it."""
     try:
+        with zipfile.ZipFile(path) as parts:            # torch.load itself does not look at the checksums
+            if broken := parts.testzip():
+                raise ValueError(f"the checksum of its part {broken} is wrong")
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                              # torch raises half a dozen kinds
         raise UserError(f"cannot read the checkpoint {path}: {(str(e).splitlines() or [e])[0]}")
@@ -556,6 +560,7 @@ BUILT_IN = {              # flip: may training mirror pictures? Not emoji, with 
     "cifar10":     dict(size=32, classes=CIFAR_CLASSES, captions=False, flip=True, source=cifar_source),
     "celeba64":    dict(size=64, classes=[], captions=False, flip=True, source=not_yet),
     "celebahq256": dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
+    "church128":   dict(size=128, classes=[], captions=False, flip=True, source=not_yet),
     "church256":   dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
     "bedroom256":  dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
     "cub64":       dict(size=64, classes=numbered(200), captions=True, flip=True, source=not_yet),

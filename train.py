@@ -12,6 +12,7 @@ import copy
 import csv
 import dataclasses
 import datetime
+import functools
 import inspect
 import json
 import math
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -47,7 +49,7 @@ class Config:
     # what
     model: str = "unet"             # unet, uvit, iuvit, ascend
     data: str = "shapes"            # a built-in set, or a prepared one: see data.py
-    cond: str = "none"              # none, class
+    cond: str = "none"              # none, class, text
     net: dict = dataclasses.field(default_factory=dict)     # the network's constructor arguments, as JSON
     # diffusion
     schedule: str = "linear"        # linear, cosine
@@ -79,7 +81,9 @@ class Config:
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "auto"             # auto, float32, bfloat16
     compile: bool = None            # default: on CUDA
+    grad_ckpt: bool = False         # compute activations twice, keep a fraction of them
     workers: int = 0                # processes that read batches ahead
+    timeout: int = 1800             # seconds that processes wait for one that hangs, before all give up
     log_every: int = 100
     sample_every: int = 5000
     save_every: int = 5000
@@ -89,17 +93,13 @@ class Config:
         return dict(dataclasses.asdict(self), info=info)
 
 
-CHOICES = dict(model=list(MODELS), cond=["none", "class"], schedule=list(diffusion.SCHEDULES), prediction=["eps", "v"],
-               sampler=list(diffusion.SAMPLERS), clip=["none", "static", "dynamic"],
+CHOICES = dict(model=list(MODELS), cond=["none", "class", "text"], schedule=list(diffusion.SCHEDULES),
+               prediction=["eps", "v"], sampler=list(diffusion.SAMPLERS), clip=["none", "static", "dynamic"],
                device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
-            "log_every", "sample_every", "save_every"]
-FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "workers", "log_every", "sample_every",
-        "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]      # may differ when a run is resumed
-
-# The paper's runs: as Config has it, unless a row says otherwise. Where the paper is silent (batch, rate, warm-up,
-# betas) the U-Net takes DDPM's values, U-ViT its own, and IU-ViT and ASCEND are assumed to take U-ViT's.
-CIFAR10 = dict(data="cifar10", sampler="em", sample_steps=1000, sample_every=25_000)
+            "log_every", "sample_every", "save_every", "timeout"]
+FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
+        "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]  # may differ at a resume
 
 # Minutes on a laptop. v prediction, the cosine schedule and times gathered around t = 0.6, because there outlines
 # are decided: the scorer's 75% at 3,000 steps was 62% at 5,000 with shift 2, spread 1 and lr 1.5e-3, and eps on the
@@ -123,12 +123,6 @@ PRESETS = {
     "ascend-shapes":  dict(LAPTOP, model="ascend", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, dropout=0.0)),
 
-    "unet-cifar10":   dict(CIFAR10, model="unet", steps=800_000, net={}),
-    "uvit-cifar10":   dict(CIFAR10, model="uvit", warmup=2500, weight_decay=0.03, beta1=0.99, net={}),
-    "iuvit-cifar10":  dict(CIFAR10, model="iuvit", warmup=2500, weight_decay=0.03, beta1=0.99, net={}),
-    "ascend-cifar10": dict(CIFAR10, model="ascend", warmup=2500, weight_decay=0.03, beta1=0.99, schedule="cosine",
-                           net={}),
-
     "unet-emoji64":   dict(SMALL64, model="unet", net=dict(
         dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, resample="conv",
         dropout=0.0)),
@@ -137,6 +131,72 @@ PRESETS = {
     "ascend-emoji64": dict(SMALL64, model="ascend", net=dict(
         dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, dropout=0.0)),
 }
+
+
+def vit(patch_size, dim, depth, heads, **more):
+    return dict(patch_size=patch_size, dim=dim, depth=depth, heads=heads, **more)
+
+
+def pyramid(dim, dim_mults, num_blocks, attn_sizes, **more):
+    return dict(dim=dim, dim_mults=dim_mults, num_blocks=num_blocks, attn_sizes=attn_sizes, **more)
+
+
+# The paper's runs, and those that it is compared with. Where it is silent, IU-ViT and ASCEND are assumed to be trained
+# as U-ViT is. Text is counted at the width of the paper's table, 1024; T5-XXL is --net '{"text_dim": 4096}'.
+AS_UVIT = dict(weight_decay=0.03, beta1=0.99, beta2=0.99, sampler="em", sample_steps=1000, sample_every=25_000)
+PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
+             uvit=AS_UVIT, iuvit=AS_UVIT, ascend=dict(AS_UVIT, schedule="cosine"))
+SMALL = dict(beta2=0.999, warmup=2500)                                                  # U-ViT's on CIFAR-10
+CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
+TEXT_LEN = 256                                                                          # tokens, the paper's context
+TEXT = dict(cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)     # DDIM: paper; the rest assumed
+ADM_LSUN, ADM_IMAGENET64 = dict(warmup=0), dict(CLASS, warmup=0, schedule="cosine")
+DDIM64 = pyramid(128, [1, 2, 2, 2, 4], 2, [16], resample="conv")
+DDPM256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16], resample="conv", dropout=0.0)
+ADM256 = pyramid(256, [1, 1, 2, 2, 4, 4], 2, [32, 16, 8])
+ADM64 = pyramid(192, [1, 2, 3, 4], 3, [32, 16, 8])
+UNET_300M = pyramid(192, [1, 2, 4, 4], 2, [16, 8], text_dim=1024)
+ASCEND128 = pyramid(128, [1, 2, 2, 2, 2], 2, [16, 8])
+ASCEND256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16, 8])
+ASCEND_590M = pyramid(192, [1, 2, 3, 4, 4], 4, [16], dropout=0.0, text_dim=1024)    # at 8 pixels a window is all
+
+PAPER_RUNS = [
+    # preset                    steps  batch    lr  network                             else      source; FID to expect
+    ("unet-cifar10",          800_000,  128, 2e-4, {},                                  {}),    # DDPM; 3.17
+    ("unet-celeba64",         500_000,  128, 2e-4, DDIM64,                              {}),    # DDIM; 3.26
+    # of these rows the steps are assumed, of the last three also batch and rate
+    ("unet-church256",        500_000,   64, 2e-5, DDPM256,                             {}),    # DDPM; 7.89
+    ("unet-bedroom256",       500_000,   64, 2e-5, DDPM256,                             {}),    # DDPM; 4.90
+    ("unet-bedroom256-adm",   500_000,  256, 1e-4, ADM256,                        ADM_LSUN),    # ADM; 1.90
+    ("unet-imagenet64",       540_000, 2048, 3e-4, ADM64,                   ADM_IMAGENET64),    # ADM; 2.07
+    ("unet-cc12m64",          150_000,  256, 1e-4, UNET_300M,                         TEXT),    # "about 300M"
+
+    ("uvit-cifar10",          500_000,  128, 2e-4, {},                               SMALL),    # U-ViT; 3.11
+    ("uvit-celeba64",         500_000,  128, 2e-4, vit(4, 512, 13, 8),                  {}),    # U-ViT; 2.87
+    ("uvit-imagenet64",       300_000, 1024, 3e-4, vit(4, 768, 17, 12),              CLASS),    # U-ViT-M; 5.85
+    ("uvit-imagenet64-large", 300_000, 1024, 3e-4, vit(4, 1024, 21, 16),             CLASS),    # U-ViT-L; 4.26
+
+    # from here on the batch is assumed, and the rate where it is 2e-4
+    ("iuvit-cifar10",         500_000,  128, 2e-4, {},                               SMALL),    # 45M; 2.56
+    ("iuvit-celeba64",        500_000,  128, 2e-4, vit(4, 512, 13, 8),                  {}),    # 45M
+    ("iuvit-church128",       450_000,  256, 2e-4, vit(8, 1408, 17, 22),                {}),    # 442M; the set assumed
+    ("iuvit-church256",       150_000,  256, 2e-4, vit(16, 1536, 17, 24),               {}),    # 527M
+    ("iuvit-church256-wide",  150_000,  256, 2e-4, vit(16, 2048, 17, 32),               {}),    # 935M
+    ("iuvit-church256-p8",    150_000,  256, 2e-4, vit(8, 1536, 17, 24),                {}),    # 527M, 1024 tokens
+    ("iuvit-cc12m64",         150_000,  256, 1e-4, vit(4, 1024, 17, 16, text_dim=1024), TEXT),  # 307M
+
+    # and the steps and networks: of the paper's table of ASCEND's settings we know the rows, not the numbers
+    ("ascend-cifar10",        500_000,  128, 2e-4, {},                               SMALL),    # 2.98
+    ("ascend-celeba64",       500_000,  128, 2e-4, {},                                  {}),
+    ("ascend-cub64",          200_000,  128, 2e-4, {},                                  {}),
+    ("ascend-cub128",         200_000,  128, 2e-4, ASCEND128,                           {}),
+    ("ascend-bedroom256",     500_000,  128, 2e-4, ASCEND256,                           {}),
+    ("ascend-celebahq256",    500_000,  128, 2e-4, ASCEND256,                           {}),
+    ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),    # 590M; dim_mults given
+]
+for name, steps, batch, lr, net, other in PAPER_RUNS:
+    model, dataset = name.split("-")[:2]
+    PRESETS[name] = dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
 
 
 def error(message):
@@ -179,6 +239,8 @@ def parse(argv):
     classes = data.describe(config.data, config.data_dir)["classes"]
     if "cond" not in asked and config.data != row["data"]:
         config.cond = "class" if classes else "none"    # the row was made for another set
+    if config.cond != "text":
+        config.net.pop("text_dim", None)
     if config.cond == "class" and not classes:
         error(f"{config.data} has no classes: use --cond none")
     if config.drop == 0 and config.cond != "none" and config.cfg != 1:
@@ -224,20 +286,33 @@ def build(config, info):
 
 
 def measure(config, info):
-    """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two.
+    """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two; a text
+    has all its TEXT_LEN tokens.
 
     The forward has shapes but no numbers, so it finds what does not fit before a run has a folder."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
-        y = torch.zeros(1, dtype=torch.int64) if config.cond == "class" else None
+        text = torch.zeros(1, TEXT_LEN, config.net.get("text_dim", 1)), torch.ones(1, TEXT_LEN, dtype=torch.bool)
+        cond = {"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}[config.cond]
         try:
             assert all(p.numel() for p in net.parameters()), "it has a layer of no width"
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                net(x, t, y)
+                net(x, t, *cond)
         except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
             error(f"{config.model} with --net {json.dumps(config.net)} cannot run: {e!r}")
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
+
+
+BAD_STEPS = 100         # so many gradients in a row that are not finite, and a run stops
+
+
+def checkpoint_blocks(net):
+    """Let the blocks of a network forget what lies within them and compute it again in the backward pass: up to a third
+    more time, for a fraction of the memory."""
+    for blocks in net.children():
+        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else []:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def open_run(config, info, fresh, main_rank):
@@ -329,8 +404,10 @@ def main():
     except ValueError as e:
         error(e)
     if world > 1:
+        # collectives give up after --timeout; but rank 0 may be downloading, for which the others are patient
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=3))  # rank 0 may be downloading
+                                timeout=datetime.timedelta(seconds=config.timeout))
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
     precision = diffusion.autocast(device, config.dtype)
 
@@ -338,7 +415,7 @@ def main():
     if main_rank and config.data in data.BUILT_IN:
         data.prepare(config.data, config.data_dir)
     if world > 1:
-        dist.barrier()
+        dist.barrier(patient)
     pictures = data.open_set(config.data, config.data_dir)
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
@@ -380,6 +457,8 @@ def main():
         data.write_file(out / "config.json", lambda f: f.write(text.encode()))
         keep_log(out / "log.csv", start)
 
+    if config.grad_ckpt:
+        checkpoint_blocks(net)                                      # and not its average, which needs no gradients
     model = net
     if config.compile or (config.compile is None and device.type == "cuda"):
         model = torch.compile(model)
@@ -407,8 +486,19 @@ def main():
             model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
             seconds=seconds + time.time() - clock, config=config.record(info)), f))
 
+    def explain(kind, e, trace):                                    # of an unexpected error the last line says where
+        if issubclass(kind, torch.OutOfMemoryError):
+            print(f"out of memory with {micro} pictures at a time: use a larger --accum (now {config.accum}), "
+                  f"--grad-ckpt, or a smaller --batch (now {config.batch})", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, e, trace)
+        print(f"rank {rank} failed at step {step}; the same command goes on from step {saved}", file=sys.stderr)
+
+    sys.excepthook = explain
+    skipped, in_row = torch.zeros(2, device=device)                 # steps whose gradient was not finite
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    clock, paused, logged, saved = time.time(), 0.0, start, start   # paused: seconds not spent on training steps
+    step, logged, saved = start, start, start
+    clock, paused = time.time(), 0.0                                # paused: seconds not spent on training steps
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
     for step in range(start, config.steps + 1):
         # log, save and sample first, so that the last step needs no copy of this below the loop
@@ -424,7 +514,8 @@ def main():
             seconds, clock, paused, logged = seconds + time.time() - clock, time.time(), 0.0, step
             row = dict(step=step, loss=sum(total) / max(1, sum(count)),
                        **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
-                       grad_norm=float(norm), lr=opt.param_groups[0]["lr"], images_per_s=speed, seconds=seconds)
+                       grad_norm=float(norm), lr=opt.param_groups[0]["lr"], images_per_s=speed, seconds=seconds,
+                       skipped=int(skipped))
             if main_rank:
                 new = not (out / "log.csv").exists()
                 with open(out / "log.csv", "a", newline="") as f:
@@ -434,6 +525,9 @@ def main():
                     writer.writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
             sums.zero_()
+            if in_row >= BAD_STEPS:
+                error(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
+                      f"{out / 'ckpt.pt'} is of step {saved}. Try a smaller --lr, or --dtype float32")
         pause = time.time()
         if main_rank and step > saved and (step % config.save_every == 0 or leaving):
             save(step)
@@ -470,7 +564,10 @@ def main():
             sums[0].index_add_(0, bins, losses.detach())
             sums[1].index_add_(0, bins, torch.ones_like(losses))
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        bad = (~norm.isfinite()).float()
+        opt.grad_scale, opt.found_inf = None, bad       # where it is 1, fused AdamW takes no step; no GPU has to wait
         opt.step()
+        skipped, in_row = skipped + bad, (in_row + bad) * bad
         opt.zero_grad(set_to_none=True)
         decay = min(config.ema, (1 + step) / (10 + step))                               # a shorter memory early on
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)

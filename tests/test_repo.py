@@ -111,13 +111,41 @@ def test_importing_a_script_runs_nothing(name, tmp_path):
 
 # ---- presets -----------------------------------------------------------------------------------------
 
+PARAMETERS = {
+    "unet-shapes": 3_031_171, "uvit-shapes": 3_368_388, "iuvit-shapes": 3_508_743, "ascend-shapes": 3_464_147,
+    "unet-emoji64": 2_630_979, "uvit-emoji64": 7_717_508, "iuvit-emoji64": 7_966_131, "ascend-emoji64": 2_991_659,
+    "unet-cifar10": 42_855_427, "unet-celeba64": 82_837_635,
+    "unet-church256": 118_795_011, "unet-bedroom256": 118_795_011,
+    "unet-bedroom256-adm": 552_807_171,         # published 552,814,086, minus the 6,915 of the variance channels
+    "unet-imagenet64": 295_900_035,             # published 295,904,454, minus 5,187 of them, plus 768, the null class
+    "unet-cc12m64": 299_875_587,
+    "uvit-cifar10": 44_255_328, "uvit-celeba64": 44_292_228,            # as published
+    "uvit-imagenet64": 130_941_060,             # published 130,940,292, plus 768, the null class
+    "uvit-imagenet64-large": 286_828_676,       # published 286,827,652, plus 1,024
+    "iuvit-cifar10": 45_150_595, "iuvit-celeba64": 45_166_435, "iuvit-church128": 442_337_877,
+    "iuvit-church256": 527_081_637, "iuvit-church256-wide": 935_559_387, "iuvit-church256-p8": 527_377_035,
+    "iuvit-cc12m64": 307_715_779,
+    "ascend-cifar10": 48_038_075, "ascend-celeba64": 48_040_891, "ascend-cub64": 48_040_891, "ascend-cub128": 60_981_451,
+    "ascend-bedroom256": 144_914_547, "ascend-celebahq256": 144_914_547, "ascend-laion128": 593_476_755,
+}
+
+
 @pytest.mark.parametrize("name", train.PRESETS)
 def test_a_preset_fits_eight_processes_its_network_and_its_name(name):
     cfg, _, _ = train.parse(["--preset", name])
     assert cfg.batch % 8 == 0, f"a batch of {cfg.batch} does not divide among eight processes"
     assert re.fullmatch(rf"{cfg.model}-{cfg.data}(-[a-z0-9]+)*", name)
     with torch.device("meta"):
-        train.build(cfg, data.describe(cfg.data, cfg.data_dir))
+        net = train.build(cfg, data.describe(cfg.data, cfg.data_dir))
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name, millions, tolerance", [
+    ("iuvit-cifar10", 45.15, 0.003), ("iuvit-church128", 442.3, 0.003), ("iuvit-church256", 527.1, 0.003),
+    ("iuvit-church256-wide", 935.6, 0.003), ("iuvit-church256-p8", 527.1, 0.003), ("iuvit-cc12m64", 307.7, 0.005),
+    ("ascend-laion128", 590, 0.01), ("unet-cc12m64", 300, 0.03)])
+def test_a_preset_has_the_size_of_the_paper(name, millions, tolerance):
+    assert PARAMETERS[name] / 1e6 == pytest.approx(millions, rel=tolerance)
 
 
 # ---- the README --------------------------------------------------------------------------------------

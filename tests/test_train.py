@@ -27,6 +27,7 @@ def leave_this_process_as_it_was():
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
     yield
+    sys.excepthook = sys.__excepthook__
     torch.set_float32_matmul_precision(precision)
     torch.backends.cuda.enable_flash_sdp(flash)
     for s, handler in handlers.items():
@@ -117,6 +118,35 @@ def test_accumulated_gradients_give_the_same_loss(trained):
     trained("--steps", 4, "--lr", 1e-2, out="whole")
     trained("--steps", 4, "--lr", 1e-2, "--accum", 4, out="parts")
     assert column("loss", "parts") == pytest.approx(column("loss", "whole"), rel=1e-4)
+
+
+@pytest.mark.parametrize("model", train.MODELS)
+def test_checkpointed_gradients_are_the_same_gradients(trained, monkeypatch, model):
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", Calls(torch.utils.checkpoint.checkpoint))
+    net = dict(dropout=0.1) if model in ("unet", "ascend") else {}
+    usual = trained("--lr", 1e-2, model=model, out="usual", **net)
+    twice = trained("--lr", 1e-2, "--grad-ckpt", model=model, out="twice", **net)
+    assert differences(state(usual), state(twice)) == {}
+    assert torch.utils.checkpoint.checkpoint.count == 2 * (2 if "vit" in model else 8)     # two steps of so many blocks
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(trained, monkeypatch):
+    loss = diffusion.loss
+    monkeypatch.setattr(diffusion, "loss", Calls(loss, at=2, instead=lambda *args: loss(*args) * math.nan))
+    ckpt = trained("--steps", 3)
+    assert column("skipped") == [0, 1, 1]
+    assert all(p.isfinite().all() for p in [*ckpt["model"].values(), *ckpt["ema"].values()])
+    assert {int(s["step"]) for s in ckpt["opt"]["state"].values()} == {2}       # AdamW has counted two steps, not three
+
+
+def test_too_many_gradients_in_a_row_that_are_not_finite_end_the_run_and_keep_the_checkpoint(trained, monkeypatch):
+    trained("--steps", 2)
+    before, loss = Path("run/ckpt.pt").read_bytes(), diffusion.loss
+    monkeypatch.setattr(train, "BAD_STEPS", 3)
+    monkeypatch.setattr(diffusion, "loss", lambda *args: loss(*args) * math.nan)
+    with pytest.raises(data.UserError, match="the last 3 gradients were not finite, up to step 5.*is of step 2"):
+        trained("--steps", 10)
+    assert Path("run/ckpt.pt").read_bytes() == before
 
 
 def test_the_average_has_a_short_memory_while_the_run_is_young(trained):
@@ -220,19 +250,35 @@ def truncate(file):
     file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
 
 
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def run_a_program(file):
+    torch.save({**torch.load(file), "more": Malice()}, file)
+
+
 def drop_the_average(file):
     torch.save({key: value for key, value in torch.load(file).items() if key != "ema"}, file)
 
 
 @pytest.mark.parametrize("damage, says", [
-    (truncate, "cannot read the checkpoint run/ckpt.pt"), (drop_the_average, "run/ckpt.pt is damaged or of other code")])
+    (truncate, "cannot read the checkpoint run/ckpt.pt"), (flip_a_bit, "cannot read the checkpoint run/ckpt.pt"),
+    (run_a_program, "cannot read the checkpoint run/ckpt.pt"), (drop_the_average, "run/ckpt.pt is damaged or of other code")])
 def test_a_damaged_checkpoint_is_refused_and_not_overwritten(trained, damage, says):
     trained()
     damage(Path("run/ckpt.pt"))
     before = contents()
     with pytest.raises(data.UserError, match=says):
         trained("--steps", 4)
-    assert contents() == before
+    assert contents() == before and not Path("executed").exists()
 
 
 def test_training_is_saved_before_samples_can_fail(trained):
@@ -322,6 +368,30 @@ def test_all_ranks_hold_identical_weights_although_each_drops_out_its_own(datase
     first, second = (torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1))
     assert differences(first, second) == {}
     assert differences(first, data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["model"]) == {}
+
+
+HANG_AT_STEP_2 = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import diffusion, train
+draw_times, steps = diffusion.draw_times, []
+def hanging(*args):
+    steps.append(len(steps))
+    if steps[-1] == 2 and os.environ["RANK"] == "1":
+        time.sleep(12)
+    return draw_times(*args)
+diffusion.draw_times = hanging
+train.main()
+"""
+
+
+def test_a_process_that_hangs_ends_all_after_the_timeout_and_the_last_line_says_where(datasets, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(HANG_AT_STEP_2)
+    argv = [*flags_of("uvit", datasets, "run"), "--steps", 5, "--save-every", 1, "--timeout", 4]
+    printed = command(driver, *argv, cwd=tmp_path, processes=2, code=1)
+    assert "rank 0 failed at step 2; the same command goes on from step 2" in printed
+    assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 2
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monkeypatch):
@@ -435,7 +505,8 @@ def test_device_names_where_to_train(trained, monkeypatch):
 
 
 def test_no_field_of_the_config_is_without_a_test_of_its_flag():
-    elsewhere = {"preset", "model", "data", "out", "data_dir", "accum", "workers", "save_every", "compile", "device"}
+    elsewhere = {"preset", "model", "data", "out", "data_dir", "accum", "workers", "save_every", "compile", "device",
+                 "grad_ckpt", "timeout"}
     assert elsewhere | set(EFFECTS) == {field.name for field in dataclasses.fields(train.Config)}
 
 
@@ -455,7 +526,7 @@ def test_no_field_of_the_config_is_without_a_test_of_its_flag():
     ("--accum 0", "above 0"), ("--lr 0", "above 0"), ("--lr nan", "--lr must be a finite"), ("--grad-clip 0", "above 0"),
     ("--time-shift 0", "above 0"), ("--time-spread 0", "above 0"), ("--samples 0", "above 0"),
     ("--sample-steps 0", "above 0"),
-    ("--log-every 0", "above 0"), ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
+    ("--timeout 0", "above 0"), ("--log-every 0", "above 0"), ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
     ("--drop 1", "[0, 1)"), ("--drop -0.1", "[0, 1)"), ("--ema 1", "[0, 1)"), ("--beta1 1", "[0, 1)"),
     ("--beta2 2", "[0, 1)"), ("--warmup -1", "not be negative"), ("--workers -1", "not be negative"),
     ("--weight-decay -1", "not be negative"), ("--seed -1", "not be negative"),
