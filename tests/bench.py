@@ -1,0 +1,161 @@
+"""How fast the presets train and sample here: a script that prints, not a test.
+
+    python tests/bench.py                                  the four laptop presets
+    python tests/bench.py iuvit-church256 --batch 32       one preset, the batch of one process
+    python tests/bench.py all                              every preset, each with an eighth of its batch (one GPU of eight)
+    python tests/bench.py --grow                           images/s against width, resolution, patch and processes
+
+One row is one process, so that its peak memory is its own. A training step is train.py's: loss, backward, clipping,
+fused AdamW, average. Sampling is one evaluation of the network per picture, without guidance. "of peak" compares the
+operations of a training step (three forwards' worth) with a large matrix product of the same precision in the same run.
+"""
+import argparse
+import copy
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+import torch
+
+import data
+import diffusion
+import train
+
+MODES = ["eager", "compiled", "grad-ckpt"]
+
+
+def seconds_of(f, device, at_least):
+    """The mean time of a call, over as many calls as `at_least` seconds take, after three that warm up."""
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        f()
+    wait()
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < at_least:
+        f()
+        wait()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
+def peak_flops(device, dtype, at_least):
+    """Multiplications and additions a second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / seconds_of(lambda: a @ b, device, at_least)
+
+
+def measure_row(preset, argv, batch, dtype, mode, at_least):
+    """One row of the table, as a dict."""
+    config, _, _ = train.parse(["--preset", preset, *argv])
+    info = data.describe(config.data, config.data_dir)
+    params, flops = train.measure(config, info)
+    device = diffusion.pick_device(config.device)
+    torch.set_float32_matmul_precision("high")
+    precision = diffusion.autocast(device, dtype)
+    S = info["size"]
+    net = train.build(config, info).to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    opt = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+    if mode == "grad-ckpt":
+        train.checkpoint_blocks(net)
+    model, sampler = (torch.compile(m) if mode == "compiled" else m for m in (net, ema))
+    x, t, eps = torch.randn(batch, 3, S, S, device=device), torch.rand(batch, device=device), torch.randn(batch, 3, S, S, device=device)
+    cond = {"none": (), "class": (torch.zeros(batch, dtype=torch.int64, device=device),), "text": (
+        torch.randn(batch, train.TEXT_LEN, config.net.get("text_dim", 1), device=device),
+        torch.ones(batch, train.TEXT_LEN, dtype=torch.bool, device=device))}[config.cond]
+
+    def step():
+        with precision:
+            loss = diffusion.loss(model, x, t, eps, diffusion.SCHEDULES[config.schedule], config.prediction, cond).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.001)
+
+    def evaluate():
+        with precision, torch.no_grad():
+            sampler(x, t, *cond)
+
+    training = seconds_of(step, device, at_least)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    sampling = seconds_of(evaluate, device, at_least / 2)
+    peak = peak_flops(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32, at_least / 4)
+    return dict(preset=preset, params=params, gflops=flops / 1e9, batch=batch, dtype=dtype, mode=mode, step=training,
+                train=batch / training, sample=batch / sampling, memory=memory / 2**30,
+                share=3 * flops * batch / training / peak, peak=peak / 1e12)
+
+
+def row(*args, timeout=3600):
+    """measure_row in a process of its own: a dict, or the last line of what went wrong."""
+    done = subprocess.run([sys.executable, __file__, "--row", json.dumps(args)], capture_output=True, text=True, timeout=timeout)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (done.stderr.splitlines() or ["killed"])[-1]
+
+
+def print_table(presets, argv, batch, dtypes, modes, at_least):
+    print(f"{'preset':24}{'params':>8}{'GFLOPs':>9}{'batch':>6}  {'precision':10}{'mode':11}"
+          f"{'ms a step':>10}{'train img/s':>12}{'eval img/s':>12}{'of peak':>9}{'peak GiB':>9}")
+    for preset in presets:
+        size = batch or max(1, train.PRESETS[preset]["batch"] // (1 if "-shapes" in preset or "-emoji" in preset else 8))
+        for dtype in dtypes:
+            for mode in modes:
+                r = row(preset, argv, size, dtype, mode, at_least)
+                print(f"{preset:24}" + (f"{r['params'] / 1e6:7.1f}M{r['gflops']:9.2f}{r['batch']:6}  {dtype:10}{mode:11}"
+                      f"{1000 * r['step']:10.1f}{r['train']:12.1f}{r['sample']:12.1f}{100 * r['share']:8.1f}%{r['memory']:9.2f}"
+                      if isinstance(r, dict) else f"{size:22}  {dtype:10}{mode:11} {r}"), flush=True)
+
+
+def print_growth(dtype, at_least):
+    """Images a second of a small IU-ViT and U-Net, one thing growing at a time."""
+    def line(what, preset, argv, batch=16):
+        r = row(preset, argv, batch, dtype, "eager", at_least)
+        print(f"{preset:14}{what:28}" + (f"{r['params'] / 1e6:8.2f}M{r['gflops']:9.3f} GFLOPs{r['train']:9.1f} img/s"
+                                         if isinstance(r, dict) else r), flush=True)
+
+    for dim in (96, 192, 384):
+        line(f"width {dim}", "iuvit-shapes", ["--net", json.dumps(dict(dim=dim, heads=dim // 64 or 1))])
+    for patch in (8, 4, 2):
+        line(f"patch {patch}, {(32 // patch)**2} tokens", "iuvit-shapes", ["--net", json.dumps(dict(patch_size=patch))])
+    for dim in (16, 32, 64):
+        line(f"width {dim}", "unet-shapes", ["--net", json.dumps(dict(dim=dim, head_dim=dim))])
+    for name, size in (("shapes", 32), ("shapes64", 64), ("emoji128", 128)):
+        line(f"{size} pixels", "unet-shapes", ["--data", name, "--cond", "none"])
+        line(f"{size} pixels, patch {size // 8}", "iuvit-shapes", ["--data", name, "--cond", "none", "--net", json.dumps(
+            dict(patch_size=size // 8, dim=256, heads=4))])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("presets", nargs="*", default=["unet-shapes", "uvit-shapes", "iuvit-shapes", "ascend-shapes"])
+    p.add_argument("--batch", type=int, help="pictures of one process at a time")
+    p.add_argument("--dtypes", default="float32,bfloat16")
+    p.add_argument("--modes", default=",".join(MODES))
+    p.add_argument("--net", help="changes to the network, as for train.py")
+    p.add_argument("--seconds", type=float, default=8, help="to measure a row for")
+    p.add_argument("--grow", action="store_true")
+    p.add_argument("--row", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.row:
+        print(json.dumps(measure_row(*json.loads(args.row))))
+        return
+    presets = list(train.PRESETS) if args.presets == ["all"] else args.presets
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {where}")
+    if args.grow:
+        print_growth(args.dtypes.split(",")[0], args.seconds)
+    else:
+        print_table(presets, ["--net", args.net] if args.net else [], args.batch, args.dtypes.split(","),
+                    args.modes.split(","), args.seconds)
+
+
+if __name__ == "__main__":
+    main()
