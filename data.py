@@ -65,7 +65,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:
         if os.environ.get("RANK", "0") == "0" or isinstance(e, OSError):        # mistakes are everybody's, told once
-            print("error:", " ".join(str(e).split()), file=sys.stderr)
+            tqdm.write("error: " + " ".join(str(e).split()), file=sys.stderr)           # on a line of its own, below bars
         sys.exit(2)
 
 
@@ -81,7 +81,7 @@ def write_file(path, write):
     except BaseException as e:                          # also Ctrl-C
         with contextlib.suppress(OSError):
             os.unlink(part)
-        if isinstance(e, RuntimeError):                 # torch.save's word for a full disk
+        if isinstance(e, (OSError, RuntimeError)):      # the latter is torch.save's word for a full disk
             raise OSError(f"cannot write {path}: {e}")
         raise
 

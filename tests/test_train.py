@@ -236,6 +236,16 @@ def test_a_folder_that_holds_another_run_is_refused_with_the_difference(trained)
     assert contents() == before
 
 
+@pytest.mark.parametrize("flags, says", [
+    (["--batch", 4], "batch: 8 there, 4 asked"), (["--data", "shapes64"], "data: 'shapes' there, 'shapes64' asked"),
+    (["--seed", 1], "seed: 0 there, 1 asked"), (["--schedule", "linear"], "schedule: 'cosine' there, 'linear' asked"),
+    (["--model", "iuvit", "--net", '{"patch_size": 4}'], "model: 'uvit' there, 'iuvit' asked")])
+def test_what_would_be_another_run_is_refused(trained, flags, says):
+    trained("--steps", 1)
+    with pytest.raises(data.UserError, match=says):
+        trained("--steps", 2, *flags)
+
+
 def test_fresh_moves_the_old_run_aside_whole(trained):
     old = {}
     for i in (1, 2):

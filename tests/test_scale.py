@@ -1,0 +1,98 @@
+"""What can happen to a long run on many machines: processes that die, nodes that join, disks that fill up."""
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+from conftest import ROOT, command
+from test_train import column, differences, flags_of, state
+
+DIES_ONCE_AT_STEP_3 = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import diffusion, train
+draw_times, steps = diffusion.draw_times, []
+def dying(*args):
+    steps.append(1)
+    if len(steps) == 4 and os.environ["RANK"] == "1" and not Path("died").exists():
+        Path("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return draw_times(*args)
+diffusion.draw_times = dying
+train.main()
+"""
+
+
+def torchrun(*args, cwd, **popen):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, args)], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_torchrun_replaces_a_process_that_dies_and_the_run_goes_on_by_itself(datasets, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(DIES_ONCE_AT_STEP_3)
+    argv = [*flags_of("uvit", datasets, "run"), "--steps", 6, "--save-every", 1]
+    run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", "--", driver, *argv, cwd=tmp_path)
+    printed = run.communicate(timeout=240)[0]
+    assert run.returncode == 0 and (tmp_path / "died").exists(), printed
+    command("train.py", *argv, "--out", "whole", cwd=tmp_path, processes=2)
+    ends = [data.read_checkpoint(tmp_path / out / "ckpt.pt") for out in ("run", "whole")]
+    assert differences(*map(state, ends)) == {}
+    assert column("step", tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_nodes_have_the_loss_curve_of_two_processes(datasets, tmp_path):
+    argv = [*flags_of("ascend", datasets, "nodes"), "--steps", 3]
+    nodes = [torchrun("--nnodes=2", "--nproc_per_node=1", f"--node_rank={i}", "--master_addr=127.0.0.1",
+                      f"--master_port={29500 + os.getpid() % 1000}", ROOT / "train.py", *argv, cwd=tmp_path) for i in (0, 1)]
+    printed = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)
+    command("train.py", *argv, "--out", "one", cwd=tmp_path)
+    assert column("loss", tmp_path / "nodes") == pytest.approx(column("loss", tmp_path / "one"), rel=1e-4)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(datasets, tmp_path):
+    argv = [*map(str, flags_of("uvit", datasets, "run"))]
+    command("train.py", *argv, cwd=tmp_path)
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+
+    def small_files():                                                          # as on a disk with that much room
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    done = subprocess.run([sys.executable, ROOT / "train.py", *argv, "--steps", "4"], cwd=tmp_path, text=True,
+                          capture_output=True, preexec_fn=small_files, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "ckpt.pt" in errors[0], errors
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.part"))
+
+
+DELETES_ITS_FOLDER = f"""
+import shutil, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, diffusion, train
+draw_times = diffusion.draw_times
+diffusion.draw_times = lambda *args: shutil.rmtree("run", ignore_errors=True) or draw_times(*args)
+data.run(train.main)
+"""
+
+
+def test_a_run_whose_folder_is_deleted_ends_in_one_line_and_writes_nowhere_else(datasets, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(DELETES_ITS_FOLDER)
+    printed = command(driver, *flags_of("uvit", datasets, "run"), cwd=tmp_path, code=2)
+    assert "error:" in printed and "run" in printed and "Traceback" not in printed
+    assert os.listdir(tmp_path) == ["driver.py"]
+
+
+def test_a_run_may_go_on_with_another_number_of_processes_and_micro_batches(datasets, tmp_path):
+    argv = flags_of("uvit", datasets, "run")
+    command("train.py", *argv, cwd=tmp_path)
+    command("train.py", *argv, "--steps", 4, "--accum", 2, cwd=tmp_path, processes=2)
+    command("train.py", *argv, "--steps", 4, "--out", "whole", cwd=tmp_path)
+    assert column("loss", tmp_path / "run") == pytest.approx(column("loss", tmp_path / "whole"), rel=1e-4)
