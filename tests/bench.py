@@ -2,7 +2,7 @@
 
     python tests/bench.py                                  the four laptop presets
     python tests/bench.py iuvit-church256 --batch 32       one preset, the batch of one process
-    python tests/bench.py all                              every preset, each with an eighth of its batch (one GPU of eight)
+    python tests/bench.py all                              every preset, with an eighth of its batch: one GPU of eight
     python tests/bench.py --grow                           images/s against width, resolution, patch and processes
 
 One row is one process, so that its peak memory is its own. A training step is train.py's: loss, backward, clipping,
@@ -11,6 +11,7 @@ operations of a training step (three forwards' worth) with a large matrix produc
 """
 import argparse
 import copy
+import itertools
 import json
 import resource
 import subprocess
@@ -68,14 +69,15 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
     if mode == "grad-ckpt":
         train.checkpoint_blocks(net)
     model, sampler = (torch.compile(m) if mode == "compiled" else m for m in (net, ema))
-    x, t, eps = torch.randn(batch, 3, S, S, device=device), torch.rand(batch, device=device), torch.randn(batch, 3, S, S, device=device)
-    cond = {"none": (), "class": (torch.zeros(batch, dtype=torch.int64, device=device),), "text": (
-        torch.randn(batch, train.TEXT_LEN, config.net.get("text_dim", 1), device=device),
-        torch.ones(batch, train.TEXT_LEN, dtype=torch.bool, device=device))}[config.cond]
+    schedule = diffusion.SCHEDULES[config.schedule]
+    with device:
+        x, t, eps = torch.randn(batch, 3, S, S), torch.rand(batch), torch.randn(batch, 3, S, S)
+        text = torch.randn(batch, train.TEXT_LEN, config.net.get("text_dim", 1)), torch.ones(batch, train.TEXT_LEN) > 0
+        cond = {"none": (), "class": (torch.zeros(batch, dtype=torch.int64),), "text": text}[config.cond]
 
     def step():
         with precision:
-            loss = diffusion.loss(model, x, t, eps, diffusion.SCHEDULES[config.schedule], config.prediction, cond).mean()
+            loss = diffusion.loss(model, x, t, eps, schedule, config.prediction, cond).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
@@ -87,7 +89,8 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
             sampler(x, t, *cond)
 
     training = seconds_of(step, device, at_least)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     sampling = seconds_of(evaluate, device, at_least / 2)
     peak = peak_flops(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32, at_least / 4)
     return dict(preset=preset, params=params, gflops=flops / 1e9, batch=batch, dtype=dtype, mode=mode, step=training,
@@ -95,31 +98,37 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
                 share=3 * flops * batch / training / peak, peak=peak / 1e12)
 
 
-def row(*args, timeout=3600):
+def row(*args):
     """measure_row in a process of its own: a dict, or the last line of what went wrong."""
-    done = subprocess.run([sys.executable, __file__, "--row", json.dumps(args)], capture_output=True, text=True, timeout=timeout)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else (done.stderr.splitlines() or ["killed"])[-1]
+    done = subprocess.run([sys.executable, __file__, "--row", json.dumps(args)], capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.splitlines() or ["killed"])[-1]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def print_table(presets, argv, batch, dtypes, modes, at_least):
     print(f"{'preset':24}{'params':>8}{'GFLOPs':>9}{'batch':>6}  {'precision':10}{'mode':11}"
           f"{'ms a step':>10}{'train img/s':>12}{'eval img/s':>12}{'of peak':>9}{'peak GiB':>9}")
     for preset in presets:
-        size = batch or max(1, train.PRESETS[preset]["batch"] // (1 if "-shapes" in preset or "-emoji" in preset else 8))
-        for dtype in dtypes:
-            for mode in modes:
-                r = row(preset, argv, size, dtype, mode, at_least)
-                print(f"{preset:24}" + (f"{r['params'] / 1e6:7.1f}M{r['gflops']:9.2f}{r['batch']:6}  {dtype:10}{mode:11}"
-                      f"{1000 * r['step']:10.1f}{r['train']:12.1f}{r['sample']:12.1f}{100 * r['share']:8.1f}%{r['memory']:9.2f}"
-                      if isinstance(r, dict) else f"{size:22}  {dtype:10}{mode:11} {r}"), flush=True)
+        laptop = train.PRESETS[preset]["data"] in data.NO_SOURCE
+        size = batch or max(1, train.PRESETS[preset]["batch"] // (1 if laptop else 8))
+        for dtype, mode in itertools.product(dtypes, modes):
+            r = row(preset, argv, size, dtype, mode, at_least)
+            if isinstance(r, str):
+                print(f"{preset:24}{size:23}  {dtype:10}{mode:11} {r}", flush=True)
+            else:
+                print(f"{preset:24}{r['params'] / 1e6:7.1f}M{r['gflops']:9.2f}{size:6}  {dtype:10}{mode:11}"
+                      f"{1000 * r['step']:10.1f}{r['train']:12.1f}{r['sample']:12.1f}{100 * r['share']:8.1f}%"
+                      f"{r['memory']:9.2f}", flush=True)
 
 
 def print_growth(dtype, at_least):
     """Images a second of a small IU-ViT and U-Net, one thing growing at a time."""
     def line(what, preset, argv, batch=16):
         r = row(preset, argv, batch, dtype, "eager", at_least)
-        print(f"{preset:14}{what:28}" + (f"{r['params'] / 1e6:8.2f}M{r['gflops']:9.3f} GFLOPs{r['train']:9.1f} img/s"
-                                         if isinstance(r, dict) else r), flush=True)
+        numbers = r if isinstance(r, str) else (f"{r['params'] / 1e6:8.2f}M{r['gflops']:9.3f} GFLOPs"
+                                                f"{r['train']:9.1f} images/s")
+        print(f"{preset:14}{what:28}{numbers}", flush=True)
 
     for dim in (96, 192, 384):
         line(f"width {dim}", "iuvit-shapes", ["--net", json.dumps(dict(dim=dim, heads=dim // 64 or 1))])
@@ -129,8 +138,8 @@ def print_growth(dtype, at_least):
         line(f"width {dim}", "unet-shapes", ["--net", json.dumps(dict(dim=dim, head_dim=dim))])
     for name, size in (("shapes", 32), ("shapes64", 64), ("emoji128", 128)):
         line(f"{size} pixels", "unet-shapes", ["--data", name, "--cond", "none"])
-        line(f"{size} pixels, patch {size // 8}", "iuvit-shapes", ["--data", name, "--cond", "none", "--net", json.dumps(
-            dict(patch_size=size // 8, dim=256, heads=4))])
+        patches = json.dumps(dict(patch_size=size // 8, dim=256, heads=4))
+        line(f"{size} pixels, patch {size // 8}", "iuvit-shapes", ["--data", name, "--cond", "none", "--net", patches])
 
 
 def main():
