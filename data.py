@@ -2,32 +2,39 @@
 
     python data.py prepare shapes                        a built-in set: drawn here, no download
     python data.py prepare cats --src ~/cats --size 64   a set of your own: any folder of pictures
+    python data.py prepare celeba64 --src ~/celeba       a published one
     python data.py show cats                             look at it
     python data.py export cats --out cats_png            single PNGs, and an .npz for FID tools
 
-A data set is three things: where the pictures are, how they become squares, and their labels. For
-each kind of set one function says so, in a Source. `prepare` reads the Source once and writes
+A data set is three things: where the pictures are, how they become squares, and their labels or
+captions. For each kind of set one function says so, in a Source. `prepare` reads the Source once
+and writes
 
     datasets/NAME/images.npy       uint8 (N, 3, S, S), memory-mapped afterwards
                   labels.npy       int64 (N,), if the set has classes
-                  captions.jsonl   one JSON string a picture, if it has captions
+                  captions.jsonl   one JSON list of strings a picture, if it has captions
                   skipped.txt      files that could not be read, and why, if there are any
                   meta.json        written last: if it is there, the set is complete
 
-and nothing after that knows any more what kind of set it was.
+and nothing after that knows any more what kind of set it was. Sets of millions, in tar shards or
+an lmdb, stay where they are: index.npy says where each picture lies, in place of images.npy.
 Shape letters: N pictures, B pictures of a batch, S pixels a side; 3 is always red, green, blue.
 """
 import argparse
 import contextlib
+import csv
 import functools
 import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shutil
+import stat
 import sys
 import tarfile
 import textwrap
@@ -36,7 +43,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -167,10 +174,11 @@ class Source(NamedTuple):
     count: int            # pictures to expect; unreadable ones drop out on the way
     size: int             # pixels a side
     classes: list         # names; [] is a set without classes
-    items: Iterator       # of (square uint8 (3, S, S), class index or None, caption or None)
+    items: Iterator       # of (square uint8 (3, S, S), class index or None, list of captions or None)
     origin: str           # a path, or "drawn"
-    notes: dict           # what else meta.json should remember
+    notes: dict           # what else meta.json should remember; sha256: of the source, or its list of files
     skipped: list         # (path, reason) of the unreadable; grows while items are taken
+    index: np.ndarray = None            # instead of items: the names of pictures that stay in their place
 
 
 # ---- shapes: drawn pictures, so that answers can be checked --------------------------------------
@@ -370,7 +378,7 @@ def emoji_source(src, size, limit):
             image = Image.new("RGB", (136, 136), "white")
             ImageDraw.Draw(image).text((0, 4), c, font=font, embedded_color=True)
             image = image.resize((size, size), Image.Resampling.LANCZOS)
-            yield np.asarray(image).transpose(2, 0, 1), None, names[c]
+            yield np.asarray(image).transpose(2, 0, 1), None, [names[c]]
 
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return Source(len(glyphs), size, [], items(), path, dict(sha256=digest), [])
@@ -428,43 +436,183 @@ def cifar_source(src, size, limit):
     return Source(len(records), size, CIFAR_CLASSES, items, src, dict(sha256=digest), [])
 
 
-# ---- folders of pictures -------------------------------------------------------------------------
+# ---- where pictures are: a folder, a zip, an lmdb, tar shards ------------------------------------
+# A place has `names` in a fixed order, open(name) -> a binary file, title(name) for messages, and
+# sha256, which tells whether it is still the same: of its list of files with their sizes.
 
 EXTENSIONS = tuple(".jpg .jpeg .png .gif .webp .bmp .ppm .pgm .tif .tiff".split())
 
 
-def find_pictures(src):
-    """All pictures below a folder, linked folders too: relative paths, sorted, since disks have orders of their own."""
-    def refuse(e):
-        raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
-
-    found = []
-    for folder, subfolders, files in os.walk(src, onerror=refuse, followlinks=True):
-        here = Path(folder).resolve()
-        subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))
-                         and not here.is_relative_to(Path(folder, d).resolve())]        # a link to above: a circle
-        found += [Path(folder, f).relative_to(src).as_posix() for f in files
-                  if not f.startswith(".") and f.lower().endswith(EXTENSIONS)
-                  and not Path(folder, f).is_fifo()]    # opening a pipe would wait for a writer
-    return sorted(found)
+def digest(lines):
+    h = hashlib.sha256()
+    for line in lines:
+        h.update(os.fsencode(line + "\n"))
+    return h.hexdigest()
 
 
-def folder_classes(paths):
-    """The top-level subfolders, if there are at least two and every picture is in one; else []."""
-    tops = {path.split("/")[0] if "/" in path else "" for path in paths}
-    return sorted(tops) if len(tops) > 1 and "" not in tops else []
+class Folder:
+    """All files below a folder, linked folders too, sorted, since disks have orders of their own."""
+
+    def __init__(self, src):
+        def refuse(e):
+            raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
+
+        self.src, sizes = src, {}
+        for folder, subfolders, files in os.walk(src, onerror=refuse, followlinks=True):
+            here = Path(folder).resolve()
+            subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))
+                             and not here.is_relative_to(Path(folder, d).resolve())]    # a link to above: a circle
+            inside = os.path.relpath(folder, src).replace(os.sep, "/") + "/"
+            for f in files:
+                try:
+                    status = os.stat(os.path.join(folder, f))
+                except OSError:                         # a link to nowhere: it cannot be opened either
+                    status = None
+                pipe = status and stat.S_ISFIFO(status.st_mode)         # opening it would wait for a writer
+                if not f.startswith(".") and not pipe:
+                    sizes[(inside + f).removeprefix("./")] = status.st_size if status else -1
+        self.names = sorted(sizes)
+        self.sha256 = digest(f"{name}\t{sizes[name]}" for name in self.names)
+
+    def open(self, name):
+        return open(os.path.join(self.src, name), "rb")
+
+    title = staticmethod(str)
 
 
-def natural_size(files):
-    """32 or 64 pixels, whichever suits the median short side of (at most 200 of) the pictures."""
-    sides = []
-    for file in spread(files, 200):
+class Zip:
+    """The files in a zip, in the way of a folder: EDM's data sets, for example."""
+
+    def __init__(self, src):
         try:
-            with Image.open(file) as image:
-                sides.append(min(image.size))
-        except Exception:                               # load_square will say what is wrong
-            continue
-    return 32 if sides and np.median(sides) < 64 else 64
+            self.src, self.zip = src, zipfile.ZipFile(src)
+        except zipfile.BadZipFile as e:
+            raise UserError(f"--src {src} is no complete zip: {e}")
+        entries = {entry.filename: entry for entry in self.zip.infolist() if not entry.is_dir()
+                   and not any(part.startswith((".", "__MACOSX")) for part in entry.filename.split("/"))}
+        self.names = sorted(entries)
+        self.sha256 = digest(f"{name}\t{entries[name].file_size}\t{entries[name].CRC}" for name in self.names)
+
+    def open(self, name):
+        return io.BytesIO(self.zip.read(name))
+
+    title = staticmethod(str)
+
+
+@functools.lru_cache(maxsize=4)
+def open_lmdb(src):
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError("LSUN is kept in lmdb files: `pip install lmdb`")
+    try:
+        return lmdb.open(src, readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as e:
+        raise UserError(f"{src} is not a readable lmdb: {e}")
+
+
+if hasattr(os, "register_at_fork"):                     # an lmdb must not be carried through a fork
+    os.register_at_fork(before=open_lmdb.cache_clear)
+
+
+class Lmdb:
+    """The values of an lmdb, as LSUN comes; names: bytes (N,), in the order of the keys, which are hashes."""
+
+    def __init__(self, src, names=None):
+        self.src, self.names = src, names
+        if names is None:
+            with open_lmdb(src).begin() as view:
+                keys = tqdm(view.cursor().iternext(values=False), desc="keys", disable=None)
+                self.names = np.array(list(keys), bytes)
+            size = os.path.getsize(os.path.join(src, "data.mdb"))
+            self.sha256 = hashlib.sha256(self.names.tobytes() + b"%d" % size).hexdigest()
+
+    def open(self, name):
+        with open_lmdb(self.src).begin() as view:
+            return io.BytesIO(view.get(bytes(name)))
+
+    title = staticmethod(os.fsdecode)
+
+
+def tar_pictures(path):
+    """The pictures in a tar and what is wrong with it, or "". int64 (N, 5): number, where the picture starts, its
+    bytes, the same of its caption (0 0 without one). Neighbours of one name up to the first dot belong together."""
+    samples, trouble, end = [], "", os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, file = os.path.split(member.name)
+                stem, _, kind = file.partition(".")
+                if member.isfile() and stem and member.offset_data + member.size <= end:
+                    if not samples or samples[-1][0] != (folder, stem):
+                        samples.append(((folder, stem), {}))
+                    samples[-1][1]["." + kind.lower()] = member.offset_data, member.size
+    except tarfile.TarError as e:                       # what was read is good all the same
+        trouble = str(e)
+    rows = [(*sample[kind], *sample.get(".txt", (0, 0))) for _, sample in samples
+            for kind in [ext for ext in EXTENSIONS if ext in sample][:1]]
+    return np.array([(i, *row) for i, row in enumerate(rows)], np.int64).reshape(-1, 5), trouble
+
+
+class Tars:
+    """The tar shards in a folder, as img2dataset writes them; names: int64 (N, 6), number of the shard, number of
+    the picture in it, offset and length of the picture, offset and length of the caption."""
+
+    def __init__(self, src, names=None, shards=None, limit=None):
+        self.src, self.names, self.shards = src, names, shards
+        if names is None:
+            self.shards, found = sorted(f for f in os.listdir(src) if f.endswith(".tar")), []
+            paths = [os.path.join(src, shard) for shard in self.shards]
+            self.sha256 = digest(f"{shard}\t{os.path.getsize(path)}" for shard, path in zip(self.shards, paths))
+            with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
+                tables = tqdm(pool.map(tar_pictures, paths), desc="shards", total=len(paths), disable=None)
+                for i, (rows, trouble) in enumerate(tables):
+                    if trouble:
+                        print(f"warning: {paths[i]}: {trouble}; it gave {len(rows):,} pictures", file=sys.stderr)
+                    found.append(np.insert(rows, 0, i, axis=1))
+                    if limit and sum(map(len, found)) >= limit:
+                        pool.shutdown(cancel_futures=True)
+                        break
+            self.names = np.concatenate(found)[:limit]
+
+    def read(self, shard, offset, length):
+        with open(os.path.join(self.src, self.shards[shard]), "rb") as f:
+            f.seek(offset)
+            return f.read(length)
+
+    def open(self, name):
+        return io.BytesIO(self.read(name[0], name[2], name[3]))
+
+    def captions(self, name):
+        return [self.read(name[0], name[4], name[5]).decode(errors="replace").strip()]
+
+    def title(self, name):                              # a member's header is the block before it
+        member = self.read(name[0], name[2] - 512, 100).rstrip(b"\0").decode(errors="replace")
+        return f"{self.shards[name[0]]}/{member}"
+
+
+def open_place(src, limit=None):
+    if os.path.isfile(src) and zipfile.is_zipfile(src):
+        return Zip(src)
+    if not os.path.isdir(src):
+        raise UserError(f"--src {src} is not a folder, nor a zip")
+    if os.path.exists(os.path.join(src, "data.mdb")):
+        return Lmdb(src)
+    if any(f.endswith(".tar") for f in os.listdir(src)):
+        return Tars(src, limit=limit)
+    return Folder(src)
+
+
+# ---- how a picture becomes a square --------------------------------------------------------------
+
+def read_crop(mode):
+    """--crop MODE -> "square", "adm", "bbox", or a tuple of numbers: (N,) or (left, top, right, bottom)."""
+    if mode in ("square", "adm", "bbox"):
+        return mode
+    if not re.fullmatch(r"[1-9]\d*|\d+,\d+,\d+,\d+", mode):
+        raise UserError(f"--crop {mode} is none of: square (the largest in the middle), adm (the same as ADM cuts "
+                        "it), N (the middle N pixels), LEFT,TOP,RIGHT,BOTTOM (a box)")
+    return tuple(map(int, mode.split(",")))
 
 
 def upright(image):
@@ -489,87 +637,358 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def load_square(file, size):
-    """The centre square of a picture, uint8 (3, S, S); of an animation, the first frame."""
+def adm_square(image, size):
+    """The centre square as ADM, DiT and others cut it, whose rounding puts it up to a pixel off the middle: halved
+    by boxes while that leaves enough, then bicubic to whole pixels, then cut."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def load_square(file, size, crop="square"):
+    """A picture -> uint8 (3, S, S); of an animation, the first frame. crop: see read_crop. What is cut out by
+    numbers is resized bilinearly, as those do whose boxes these are; if it is no square, its centre square counts."""
     with Image.open(file) as image:
-        image.draft("RGB", (3 * size, 3 * size))        # JPEG can decode smaller, and much faster
+        if crop == "square":
+            image.draft("RGB", (3 * size, 3 * size))    # JPEG can decode smaller, and much faster
         image.load()
         image = to_rgb(upright(image))
+    if crop == "adm":
+        return np.asarray(adm_square(image, size)).transpose(2, 0, 1)
     W, H = image.size
+    if crop != "square":
+        if len(crop) == 1:
+            left, top = (W - crop[0]) // 2, (H - crop[0]) // 2
+            crop = left, top, left + crop[0], top + crop[0]
+        crop = max(0, crop[0]), max(0, crop[1]), min(W, crop[2]), min(H, crop[3])
+        if crop[0] >= crop[2] or crop[1] >= crop[3]:
+            raise ValueError(f"nothing of the {W} x {H} pixels is in the box")
+        image = image.crop(crop)                        # resize(box=) would blend in what is around
+        W, H = image.size
     side = min(W, H)
     box = ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    how = Image.Resampling.BICUBIC if crop == "square" else Image.Resampling.BILINEAR
+    image = image.resize((size, size), how, box=box, reducing_gap=3.0 if crop == "square" else None)
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def load_or_reason(file, size):
+def load_or_reason(open_file, size, crop="square"):
     """load_square, or why not, as a string: never some other picture in its place."""
+    file = None
     try:
-        return load_square(file, size)
+        with open_file() as file:
+            return load_square(file, size, crop)
     except Exception as e:                              # a broken file can raise anything
-        return " ".join(f"{type(e).__name__}: {e}".replace(file, "the file").split())
+        return " ".join(f"{type(e).__name__}: {e}".replace(repr(file), "the file").split())
 
 
-def folder_source(src, size, limit):
-    if src is None or not os.path.isdir(src):
-        raise UserError("which pictures? Name their folder with --src FOLDER" if src is None else
-                        f"--src {src} is not a folder")
-    found = find_pictures(src)
-    if not found:
-        raise UserError(f"no pictures in {src} or below; looked for {' '.join(EXTENSIONS)}")
+def natural_size(place, names):
+    """32 or 64 pixels, whichever suits the median short side of (at most 200 of) the pictures."""
+    sides = []
+    for name in spread(names, 200):
+        try:
+            with place.open(name) as file, Image.open(file) as image:
+                sides.append(min(image.size))
+        except Exception:                               # load_square will say what is wrong
+            continue
+    return 32 if sides and np.median(sides) < 64 else 64
+
+
+def in_threads(work, items):
+    """map(work, items), in order, on all cores: decoders release the GIL. Few at a time, or results pile up."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i in range(0, len(items), 256):
+            yield from pool.map(work, items[i:i + 256])
+
+
+def pictures_source(place, names, size, limit, crop, classes=(), label=None, captions=None, boxes=None):
+    """A Source of pictures in a place, by their names. label(name) -> int and captions(name) -> list of str, where
+    there are such; boxes: name -> (left, top, right, bottom), for crop "bbox"."""
+    if len(names) == 0:
+        raise UserError(f"no pictures in {place.src} or below; looked for {' '.join(EXTENSIONS)}")
     warnings.filterwarnings("ignore", module="PIL")     # remarks on files that it reads all the same
-    classes, paths, skipped = folder_classes(found), spread(found, limit), []
-    files = [os.path.join(src, path) for path in paths]
-    size = size or natural_size(files)
+    names, skipped, size, mode = spread(names, limit), [], size or natural_size(place, names), read_crop(crop)
 
-    def squares():
-        with ThreadPoolExecutor(os.cpu_count()) as pool:                # decoders release the GIL
-            for i in range(0, len(files), 256):         # few at a time, or pictures pile up here
-                yield from pool.map(lambda file: load_or_reason(file, size), files[i:i + 256])
+    def square(name):
+        return load_or_reason(functools.partial(place.open, name), size, boxes[name] if mode == "bbox" else mode)
 
     def items():
-        for path, square in zip(paths, squares()):
-            if not isinstance(square, str):
-                yield square, classes.index(path.split("/")[0]) if classes else None, None
+        for name, found in zip(names, in_threads(square, names)):
+            if not isinstance(found, str):
+                yield found, label(name) if label else None, captions(name) if captions else None
                 continue
-            skipped.append((path, square))
-            if len(skipped) > max(5, 0.02 * len(paths)):
-                raise UserError(f"more than 5, and more than 2%, of the {len(paths):,} pictures in "
-                                f"{src} cannot be read; one is {path!r} ({square})")
+            skipped.append((place.title(name), found))
+            if len(skipped) > max(5, 0.02 * len(names)):
+                raise UserError(f"more than 5, and more than 2%, of the {len(names):,} pictures in "
+                                f"{place.src} cannot be read; one is {skipped[-1][0]!r} ({found})")
 
-    return Source(len(paths), size, classes, items(), src, dict(crop="square"), skipped)
+    notes = dict(crop=crop, sha256=place.sha256)
+    return Source(len(names), size, list(classes), items(), place.src, notes, skipped)
+
+
+def in_place_source(place, size, limit, crop):
+    """A Source that is an index of tars or an lmdb, whose pictures would take many times the space decoded."""
+    names, mode = place.names[:limit], read_crop(crop)
+    reasons = [load_or_reason(functools.partial(place.open, name), size or 64, mode) for name in spread(names, 20)]
+    if all(isinstance(reason, str) for reason in reasons):
+        raise UserError(f"{place.src} holds no pictures that can be read: {(reasons or ['no pictures at all'])[0]}")
+    notes = dict(crop=crop, sha256=place.sha256, place=type(place).__name__, shards=getattr(place, "shards", None))
+    return Source(len(names), size or natural_size(place, names), [], None, place.src, notes, [], index=names)
+
+
+# ---- a folder, zip, lmdb or shards of anybody's own ----------------------------------------------
+
+def numbered(n, first=1):
+    """Names of classes that have none."""
+    return [f"class {i}" for i in range(first, first + n)]
+
+
+def folder_labels(place, names):
+    """Class names and label(name). From dataset.json, where there is one, as EDM writes it; else the classes are
+    the top-level subfolders, if there are at least two and every picture is in one; else there are none: [], None."""
+    if "dataset.json" in place.names:
+        try:
+            with place.open("dataset.json") as f:
+                labels = {name: int(label) for name, label in json.load(f)["labels"] or []}
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"dataset.json in {place.src} is no {{'labels': [['a.png', 0], ..]}}: "
+                            f"{type(e).__name__} {e}")
+        missing = [name for name in names if labels.get(name, -1) < 0]
+        if labels and missing:
+            raise UserError(f"dataset.json in {place.src} has no label for {len(missing):,} of its pictures, "
+                            f"such as {missing[0]!r}")
+        return (numbered(1 + max(labels.values()), 0), labels.get) if labels else ([], None)
+    tops = {name.split("/")[0] if "/" in name else "" for name in names}
+    number = {top: i for i, top in enumerate(sorted(tops))}
+    if len(tops) < 2 or "" in tops:
+        return [], None
+    return list(number), lambda name: number[name.split("/")[0]]
+
+
+def caption_lines(text):
+    """A caption a line, bytes, which need not be valid text -> list of str, at least one."""
+    lines = [" ".join(line.replace("\ufffd", " ").split()) for line in text.decode("utf-8", "replace").splitlines()]
+    return [line for line in lines if line] or [""]
+
+
+def read_metadata(place, table):
+    """A metadata.jsonl or .csv with columns file_name and text, caption or prompt -> {file: list of str}."""
+    found, folder = {}, os.path.dirname(table)
+    try:
+        with place.open(table) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as f:
+            for row in map(json.loads, filter(str.strip, f)) if table.endswith(".jsonl") else csv.DictReader(f):
+                text = next((row[column] for column in ("text", "caption", "prompt") if column in row), None)
+                if text is not None:
+                    name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
+                    found[name] = [str(t) for t in (text if isinstance(text, list) else [text])] or [""]
+    except (ValueError, KeyError, TypeError, csv.Error) as e:
+        raise UserError(f"{table} in {place.src} should hold file_name and text in every row: {type(e).__name__} {e}")
+    return found
+
+
+def folder_captions(place, names):
+    """captions(name), or None. From metadata.jsonl files, else metadata.csv files, else a .txt beside each picture."""
+    files, found = set(place.names), {}
+    for file in ("metadata.jsonl", "metadata.csv"):
+        for table in [name for name in place.names if name.split("/")[-1] == file]:
+            found.update(read_metadata(place, table))
+        if found:
+            break
+    if absent := sorted(found.keys() - files):
+        raise UserError(f"{file} speaks of {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
+
+    def captions(name):
+        text = os.path.splitext(name)[0] + ".txt"
+        if found or text not in files:
+            return found.get(name, [""])
+        with place.open(text) as f:
+            return caption_lines(f.read())
+
+    without = sum(name not in found if found else os.path.splitext(name)[0] + ".txt" not in files for name in names)
+    if 0 < without < len(names):
+        print(f"warning: {without:,} of {len(names):,} pictures have no caption", file=sys.stderr)
+    return captions if without < len(names) else None
+
+
+def folder_source(src, size, limit, crop):
+    """Whatever is there: tar shards stay where they are, all else is converted."""
+    place = open_place(src, limit)
+    if isinstance(place, Tars):
+        return in_place_source(place, size, limit, crop)
+    if isinstance(place, Lmdb):
+        return pictures_source(place, place.names, size, limit, crop)
+    names = [name for name in place.names if name.lower().endswith(EXTENSIONS)]
+    return pictures_source(place, names, size, limit, crop, *folder_labels(place, names), folder_captions(place, names))
+
+
+# ---- the sets of the paper -----------------------------------------------------------------------
+
+def big_source(src, size, limit, crop):
+    """CC12M and LAION as img2dataset leaves them, LSUN bedroom as an lmdb: sets that stay where they are."""
+    place = open_place(src, limit)
+    if not isinstance(place, (Tars, Lmdb)):
+        raise UserError(f"--src {src} is no folder of .tar shards, and no lmdb")
+    return in_place_source(place, size, limit, crop)
+
+
+def read_table(place, stem, columns=None):
+    """A table of CelebA: lines of a file name and integers, below a line of column names if they have any; as .txt,
+    or as the .csv of Kaggle -> {file: its integers in these columns, or the last one}; {} if it is not there."""
+    table = next((name for name in place.names if os.path.splitext(name.split("/")[-1])[0] == stem), None)
+    if not table:
+        return {}
+    with place.open(table) as f:
+        lines = [line.replace(",", " ") for line in f.read().decode("utf-8", "replace").splitlines()]
+    try:
+        first = next(i for i, line in enumerate(lines) if line.split()[0].lower().endswith((".jpg", ".png")))
+        head, at = lines[first - 1].split() if first else [], [-1]
+        if columns:
+            if unknown := [c for c in columns if c not in head]:
+                raise UserError(f"--classes: no {', '.join(unknown)} in {table}; there are {', '.join(head)}")
+            at = [head.index(c) - len(head) for c in columns]
+        return {cells[0]: [int(cells[i]) for i in at] for cells in map(str.split, lines[first:]) if cells}
+    except (StopIteration, ValueError, IndexError):
+        raise UserError(f"{table} in {place.src} is not the published table of files and integers")
+
+
+def faces_source(src, size, limit, crop, classes, images, attributes, split=None):
+    """CelebA and CelebA-HQ: the folder `images`, the table `attributes`, and the table `split`, 0 for training. With
+    attributes for classes, a class is a combination of having and not having them."""
+    place = open_place(src)
+    names = [name for name in place.names if name.lower().endswith(EXTENSIONS)]
+    names = [name for name in names if images in name.split("/")[:-1]] or names     # next to it may be masks
+    names.sort(key=lambda name: (len(name), name))                                  # 2.jpg before 10.jpg
+    if split:
+        part = read_table(place, split)
+        names = [name for name in names if part.get(name.split("/")[-1], [0]) == [0]]
+        if not part:
+            print(f"warning: {src} has no {split}: taking all pictures, not only the training ones", file=sys.stderr)
+    if not classes:
+        return pictures_source(place, names, size, limit, crop)
+    table = read_table(place, attributes, classes)
+    if missing := [name for name in names if name.split("/")[-1] not in table]:
+        raise UserError(f"{src} has no {attributes}.txt with {missing[0]}, so no --classes")
+    combinations = [", ".join(c if i >> k & 1 else f"not {c}" for k, c in enumerate(classes))
+                    for i in range(2 ** len(classes))]
+    return pictures_source(place, names, size, limit, crop, combinations, lambda name: sum(
+        (value > 0) << k for k, value in enumerate(table[name.split("/")[-1]])))
+
+
+def birds_source(src, size, limit, crop):
+    """CUB-200-2011, its training pictures, with the ten captions each that Reed et al. collected, if they are there.
+    The box is StackGAN-v2's: a window of 1.5 times the bird's longer side around it."""
+    place = open_place(src)
+    top = next((name.removesuffix("train_test_split.txt") for name in place.names
+                if name.split("/")[-1] == "train_test_split.txt"), None)
+    if top is None:
+        raise UserError(f"{src} is not CUB-200-2011: there is no train_test_split.txt")
+
+    def table(name):                                    # lines of a number and what it stands for
+        with place.open(top + name) as f:
+            return dict(line.split(" ", 1) for line in f.read().decode().splitlines() if line)
+
+    try:
+        bird, kinds, boxes = table("images.txt"), table("classes.txt"), {}
+        for number, box in table("bounding_boxes.txt").items():
+            x, y, w, h = (int(float(v)) for v in box.split())
+            r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
+            boxes[f"{top}images/{bird[number]}"] = cx - r, cy - r, cx + r, cy + r
+        training = [number for number, is_training in table("train_test_split.txt").items() if is_training == "1"]
+        kind_of = table("image_class_labels.txt")
+        label = {f"{top}images/{bird[number]}": int(kind_of[number]) - 1 for number in training}
+        names = sorted(label)
+        classes = [kinds[str(i + 1)].split(".")[-1].replace("_", " ") for i in range(len(kinds))]
+    except (OSError, KeyError, ValueError) as e:
+        raise UserError(f"{src} is not CUB-200-2011 as published: {type(e).__name__} {e}")
+
+    def bird_of(name):                                  # its species and file, without the extension
+        return os.path.splitext("/".join(name.split("/")[-2:]))[0]
+
+    texts = {bird_of(name): name for name in place.names if "text_c10" in name.split("/") and name.endswith(".txt")}
+    if not texts:
+        print(f"warning: {src} has no text_c10, the captions of Reed et al.: a set without captions", file=sys.stderr)
+
+    def captions(name):
+        if bird_of(name) not in texts:
+            return [""]
+        with place.open(texts[bird_of(name)]) as f:
+            return caption_lines(f.read())
+
+    return pictures_source(place, names, size, limit, crop, classes, label.get, captions if texts else None, boxes)
+
+
+def imagenet_source(src, size, limit):
+    """ImageNet, shrunk by Chrabaszcz et al. to train_data_batch_1.npz .. 10, which are read row by row."""
+    place = open_place(src)
+    names = [name for name in place.names if re.fullmatch(r"train_data_batch_\d+\.npz", name.split("/")[-1])]
+    names.sort(key=lambda name: (len(name.split("/")[-1]), name.split("/")[-1]))
+    try:
+        labels = [np.load(place.open(name))["labels"].astype(np.int64).ravel() - 1 for name in names]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"the .npz batches in {src} are not ImageNet's: {type(e).__name__} {e}")
+    if not names or min(map(np.min, labels)) < 0 or max(map(np.max, labels)) > 999:
+        raise UserError(f"no ImageNet in {src}: looked for train_data_batch_1.npz .. 10, with labels 1 .. 1000")
+    count = min(sum(map(len, labels)), limit or sys.maxsize)
+
+    def rows():
+        for name, ys in zip(names, labels):
+            with place.open(name) as f, zipfile.ZipFile(f).open("data.npy") as data:
+                np.lib.format.read_magic(data)
+                shape, by_columns, kind = np.lib.format.read_array_header_1_0(data)
+                if shape != (len(ys), 3 * size * size) or by_columns or kind != np.uint8:
+                    raise UserError(f"{name} holds {kind} {shape}, not {len(ys)} pictures of {size} pixels a side")
+                for y in ys:
+                    yield np.frombuffer(data.read(3 * size * size), np.uint8).reshape(3, size, size), y, None
+
+    names_of = next((name for name in place.names if name.split("/")[-1] == "map_clsloc.txt"), None)
+    classes = numbered(1000)
+    if names_of:                                        # lines of `n02119789 1 kit_fox`, numbers as the labels are
+        with place.open(names_of) as f:
+            for wnid, number, word in (line.split(" ", 2) for line in f.read().decode().splitlines() if line):
+                classes[int(number) - 1] = f"{word.replace('_', ' ')} {wnid}"
+    return Source(count, size, classes, itertools.islice(rows(), count), src, dict(sha256=place.sha256), [])
 
 
 # ---- prepare: a source is converted, once --------------------------------------------------------
+# flip: may training mirror pictures? Not emoji, with their letters and hands, and not what long captions tell the
+# left and right of. crop: how pictures are cut where nobody asks for another way. src: what --src must be.
 
-def numbered(n):
-    """Names of classes that have none until their set is prepared."""
-    return [f"class {i}" for i in range(1, n + 1)]
+CELEBA = functools.partial(faces_source, images="img_align_celeba", attributes="list_attr_celeba",
+                           split="list_eval_partition")
+CELEBA_HQ = functools.partial(faces_source, images="CelebA-HQ-img", attributes="CelebAMask-HQ-attribute-anno")
+BIRDS = dict(classes=numbered(200), captions=True, flip=True, source=birds_source, crop="bbox",
+             src="the folder with CUB_200_2011 and, for captions, cvpr2016_cub")
+SHARDS = dict(classes=[], captions=True, flip=False, source=big_source, crop="square",
+              src="the folder of .tar shards that img2dataset wrote")
+LSUN = dict(size=256, classes=[], captions=False, flip=True, crop="square")
 
-
-def not_yet(src, size, limit):
-    raise UserError("this set can be described, but not prepared yet")
-
-
-BUILT_IN = {              # flip: may training mirror pictures? Not emoji, with their letters and hands, and not what
-                          # long captions tell the left and right of
+BUILT_IN = {
     "shapes":      dict(size=32, classes=SHAPE_CLASSES, captions=False, flip=False, source=shapes_source),
     "shapes64":    dict(size=64, classes=SHAPE_CLASSES, captions=False, flip=False, source=shapes_source),
     "emoji64":     dict(size=64, classes=[], captions=True, flip=False, source=emoji_source),
     "emoji128":    dict(size=128, classes=[], captions=True, flip=False, source=emoji_source),
     "cifar10":     dict(size=32, classes=CIFAR_CLASSES, captions=False, flip=True, source=cifar_source),
-    "celeba64":    dict(size=64, classes=[], captions=False, flip=True, source=not_yet),
-    "celebahq256": dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
-    "church128":   dict(size=128, classes=[], captions=False, flip=True, source=not_yet),
-    "church256":   dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
-    "bedroom256":  dict(size=256, classes=[], captions=False, flip=True, source=not_yet),
-    "cub64":       dict(size=64, classes=numbered(200), captions=True, flip=True, source=not_yet),
-    "cub128":      dict(size=128, classes=numbered(200), captions=True, flip=True, source=not_yet),
-    "imagenet64":  dict(size=64, classes=numbered(1000), captions=False, flip=True, source=not_yet),
-    "cc12m64":     dict(size=64, classes=[], captions=True, flip=False, source=not_yet),
-    "laion128":    dict(size=128, classes=[], captions=True, flip=False, source=not_yet),
+    # U-ViT's and DDIM's box, 128 pixels a little below the middle of 178 x 218; --crop 140 is NCSN's
+    "celeba64":    dict(size=64, classes=[], captions=False, flip=True, source=CELEBA, crop="25,57,153,185",
+                        src="the folder with img_align_celeba and list_eval_partition.txt"),
+    "celebahq256": dict(size=256, classes=[], captions=False, flip=True, source=CELEBA_HQ, crop="square",
+                        src="the folder with CelebA-HQ-img"),
+    "church128":   dict(LSUN, size=128, source=folder_source, src="church_outdoor_train_lmdb"),
+    "church256":   dict(LSUN, source=folder_source, src="church_outdoor_train_lmdb"),
+    "bedroom256":  dict(LSUN, source=big_source, src="bedroom_train_lmdb"),
+    "cub64":       dict(BIRDS, size=64),
+    "cub128":      dict(BIRDS, size=128),
+    "imagenet64":  dict(size=64, classes=numbered(1000), captions=False, flip=True, source=imagenet_source,
+                        src="the folder with train_data_batch_1.npz .. 10"),
+    "cc12m64":     dict(SHARDS, size=64),
+    "laion128":    dict(SHARDS, size=128),
 }
-OWN = dict(size=None, flip=True, source=folder_source)  # the row of any other name
+OWN = dict(size=None, flip=True, source=folder_source, crop="square",           # the row of any other name
+           src="a folder of pictures, a .zip, .tar shards or an lmdb")
+NO_SOURCE = [name for name, row in BUILT_IN.items() if row["source"] in (shapes_source, emoji_source)]
 
 
 def set_folder(name, data_dir):
@@ -580,45 +999,59 @@ def set_folder(name, data_dir):
 
 def read_meta(folder):
     """meta.json of a complete set, None if there is none."""
+    kinds = dict(name=str, size=int, n=int, classes=list, flip=bool)
     try:
-        return json.loads(Path(folder, "meta.json").read_bytes())
+        meta = json.loads(Path(folder, "meta.json").read_bytes())
+        if wrong := [key for key in kinds if not isinstance(meta, dict) or type(meta.get(key)) is not kinds[key]]:
+            raise ValueError(f"no proper {', '.join(wrong)} in it")
+        return meta
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, and prepare again")
 
 
-def prepare(name, data_dir, src=None, size=None, limit=None):
+def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=None):
     """Convert a set into DATA_DIR/NAME. True if that was done now, False if it had been before.
 
-    src: the folder (emoji: the font; cifar10: the archive); size: pixels a side, for sets of your
-    own; limit: at most so many pictures. UserError if the source is no good, the disk too small,
-    or the set there with another src, size or limit than asked for."""
+    src: where its pictures are (emoji: the font); size: pixels a side, for sets of your own; limit: at most so many
+    pictures; crop: see read_crop; classes: attributes of faces. UserError if the source is no good, the disk too
+    small, or the set there with another src, size, limit, crop or classes than asked for."""
     folder, row = set_folder(name, data_dir), BUILT_IN.get(name, OWN)
     if size is not None and (size < 8 or row["size"] not in (None, size)):
         raise UserError(f"--size {size}: " + (f"{name} is always {row['size']} pixels"
                                               if row["size"] else "must be at least 8"))
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
+    if crop is not None and ("crop" not in row or read_crop(crop) == "bbox" != row["crop"]):
+        raise UserError(f"--crop {crop}: {name} has no such boxes" if "crop" in row else
+                        f"--crop: the pictures of {name} are square already")
+    if classes is not None and row["source"] not in (CELEBA, CELEBA_HQ):
+        raise UserError("--classes: only celeba64 and celebahq256 have attributes")
     src = src and os.path.abspath(os.path.expanduser(src))
     if src and Path(os.path.abspath(folder)) in (Path(src), *Path(src).parents):
         raise UserError(f"--src {src} lies in {folder}, where the set goes: move the pictures away")
     meta = read_meta(folder)
     if meta:
-        asked = dict(source=src, size=size, limit=limit)
-        other = [f"{k} {meta[k]}" for k, v in asked.items() if v is not None and v != meta[k]]
+        asked = dict(source=src, size=size, limit=limit, crop=crop, attributes=classes)
+        other = [f"{k} {meta.get(k)}" for k, v in asked.items() if v is not None and v != meta.get(k)]
         if other:
             raise UserError(f"{folder} is already there, with {', '.join(other)}; "
                             f"to prepare it anew: rm -r {folder}")
         return False
+    if "src" in row and src is None:
+        raise UserError(f"which pictures? Name their folder with --src FOLDER: {row['src']}")
     try:
         os.makedirs(folder, exist_ok=True)
         if name == "cifar10" and src is None:           # beside the set: it outlives `rm -r`
             src = os.path.abspath(os.path.join(data_dir, os.path.basename(CIFAR_URL)))
             if not os.path.exists(src):
                 download_cifar(src)
-        convert(row["source"](src, size or row["size"], limit), folder,
-                dict(name=name, flip=row["flip"], limit=limit))
+        how = dict(crop=crop or row["crop"]) if "crop" in row else {}
+        if row["source"] in (CELEBA, CELEBA_HQ):
+            how["classes"] = classes
+        convert(row["source"](src, size or row["size"], limit, **how), folder,
+                dict(name=name, flip=row["flip"], limit=limit, attributes=classes))
     except OSError as e:
         raise UserError(f"cannot prepare {name}: {e}")
     return True
@@ -626,80 +1059,161 @@ def prepare(name, data_dir, src=None, size=None, limit=None):
 
 def convert(source, folder, about):
     """Write the files of a set, meta.json last. What a killed prepare left behind is replaced."""
-    for old in ("images.npy.part", "images.npy", "labels.npy", "captions.jsonl", "skipped.txt"):
-        Path(folder, old).unlink(missing_ok=True)
-    S, skipped = source.size, source.skipped
-    need, free = source.count * (3 * S * S + 8), shutil.disk_usage(folder).free
-    print(f"writing {source.count:,} pictures of {S}x{S} to {folder}: {need:,} bytes")
+    for old in ("images.npy", "index.npy", "labels.npy", "captions.jsonl", "skipped.txt", "meta.json"):
+        for path in (Path(folder, old), Path(folder, old + ".part")):
+            path.unlink(missing_ok=True)
+    S, skipped, index = source.size, source.skipped, source.index
+    need = source.count * (3 * S * S + 8) if index is None else index.nbytes
+    free = shutil.disk_usage(folder).free
+    print(f"writing {source.count:,} pictures of {S}x{S} to {folder}: {need:,} bytes"
+          + (f"; they stay in {source.origin}" if index is not None else ""))
     if need > free:
         raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,}: try "
                         "--data-dir on another disk, or --limit")
-    labels, captions = [], []
+    labels = []
 
-    def write_images(f):
+    def write_all(images, captions):
         # row after row, not through a writable memory map: a full disk kills those by a bus error
         header = dict(descr="|u1", fortran_order=False, shape=(source.count, 3, S, S))
-        np.lib.format.write_array_header_1_0(f, header)
-        for square, label, caption in tqdm(source.items, total=source.count, disable=None):
-            f.write(square.tobytes())
+        np.lib.format.write_array_header_1_0(images, header)
+        for square, label, texts in tqdm(source.items, total=source.count, disable=None):
+            images.write(square.tobytes())
             labels.append(label)
-            captions.append(caption)
+            if texts is not None:
+                captions.write(f"{json.dumps(texts)}\n".encode())
         if not labels:
             raise UserError("none of the pictures can be read; the first is {!r} ({})".format(*skipped[0]))
-        f.seek(0)                                       # numpy pads headers, so that N may change
-        np.lib.format.write_array_header_1_0(f, dict(header, shape=(len(labels), 3, S, S)))
+        images.seek(0)                                  # numpy pads headers, so that N may change
+        np.lib.format.write_array_header_1_0(images, dict(header, shape=(len(labels), 3, S, S)))
+
+    def write(name, how):
+        write_file(os.path.join(folder, name), how)
 
     def write_lines(name, lines):
         text = "".join(line + "\n" for line in lines).encode(errors="backslashreplace")
-        write_file(os.path.join(folder, name), lambda f: f.write(text))
+        write(name, lambda f: f.write(text))
 
-    write_file(os.path.join(folder, "images.npy"), write_images)
-    if source.classes:
-        write_file(os.path.join(folder, "labels.npy"), lambda f: np.save(f, np.array(labels, np.int64)))
-    if captions[0] is not None:
-        write_lines("captions.jsonl", map(json.dumps, captions))
+    lines = Path(folder, "captions.jsonl")
+    if index is None:
+        write(lines.name, lambda captions: write("images.npy", lambda images: write_all(images, captions)))
+        if not lines.stat().st_size:
+            lines.unlink()
+        if source.classes:
+            write("labels.npy", lambda f: np.save(f, np.array(labels, np.int64)))
+    else:
+        write("index.npy", lambda f: np.save(f, index))
     if skipped:
         write_lines("skipped.txt", (f"{path}\t{reason}" for path, reason in skipped))
         print(f"skipped {len(skipped)} unreadable files, listed in {folder}/skipped.txt; the first: "
               "{!r} ({})".format(*skipped[0]))
-    meta = dict(about, size=S, n=len(labels), classes=source.classes, source=source.origin,
-                skipped=len(skipped), **source.notes)
+    meta = dict(about, size=S, n=len(labels) if index is None else len(index), classes=source.classes,
+                source=source.origin, skipped=len(skipped), **source.notes)
     write_lines("meta.json", [json.dumps(meta, indent=1)])
 
 
 # ---- a prepared set ------------------------------------------------------------------------------
 
+class Rows:
+    """Like a list of n, of which get(i) makes an entry when it is asked for."""
+
+    def __init__(self, n, get):
+        self.n, self.get = n, get
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.n:
+            raise IndexError(i)
+        return self.get(int(i))
+
+
+def read_lines(path):
+    """A file of JSON lines as Rows: kept on the disk but for where its lines end."""
+    with open(path, "rb") as f:
+        ends = np.cumsum(np.fromiter(map(len, f), np.int64))
+    text = np.memmap(path, np.uint8, "r")
+    return Rows(len(ends), lambda i: json.loads(text[ends[i - 1] if i else 0:ends[i]].tobytes()))
+
+
 class Pictures:
-    """A prepared set: name, size, classes (names), flip; images uint8 (N, 3, S, S), memory-mapped;
-    labels int64 (N,) and captions (a list), or None. UserError if its files are damaged."""
+    """A prepared set: name, size, classes (names), flip; labels int64 (N,) and captions (like a list, of lists of
+    str), or None; fingerprint, which tells it from other sets of this name. UserError if its files are damaged.
+
+    images: uint8 (N, 3, S, S), memory-mapped; None if they lie elsewhere, as `place` and `names` know: take() them."""
 
     def __init__(self, folder):
         meta, captions = read_meta(folder), Path(folder, "captions.jsonl")
-        self.folder = folder
+        self.folder, self.labels, self.captions, self.images = folder, None, None, None
         try:
-            self.name, self.size = meta["name"], meta["size"]
+            self.name, self.size, n = meta["name"], meta["size"], meta["n"]
             self.classes, self.flip = meta["classes"], meta["flip"]
-            self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
-            self.labels = np.load(os.path.join(folder, "labels.npy")) if self.classes else None
-            lines = captions.read_text().splitlines() if captions.exists() else []
-            self.captions = [json.loads(line) for line in lines] or None
-            parts = (self.images, self.labels, self.captions)
-            if any(len(part) != meta["n"] for part in parts if part is not None):
+            self.fingerprint = digest(str(meta.get(key)) for key in ("n", "size", "classes", "crop", "sha256"))[:16]
+            if "place" in meta:
+                kind, more = dict(Tars=(Tars, [meta["shards"]]), Lmdb=(Lmdb, []))[meta["place"]]
+                self.names = np.load(os.path.join(folder, "index.npy"), mmap_mode="r")
+                self.place, self.crop = kind(meta["source"], self.names, *more), read_crop(meta["crop"])
+                if kind is Tars:
+                    self.captions = Rows(n, lambda i: self.place.captions(self.names[i]))
+                parts = [self.names]
+            else:
+                self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
+                if (self.images.dtype, self.images.shape[1:]) != (np.uint8, (3, self.size, self.size)):
+                    raise ValueError(f"its images are {self.images.dtype} {self.images.shape}")
+                parts = [self.images]
+            if self.classes:
+                self.labels = np.load(os.path.join(folder, "labels.npy"))
+                if self.labels.dtype != np.int64 or self.labels.ndim != 1 or not (
+                        0 <= self.labels.min() and self.labels.max() < len(self.classes)):
+                    raise ValueError(f"its labels are not int64 classes below {len(self.classes)}")
+            if captions.exists():
+                self.captions = read_lines(captions)
+            parts += [part for part in (self.labels, self.captions) if part is not None]
+            if any(len(part) != n for part in parts):
                 raise ValueError("its files are of different lengths")
         except Exception as e:                          # numpy raises half a dozen kinds
             raise UserError(f"{folder} is damaged ({e}): rm -r {folder}, and prepare it again")
+        self.n = n
 
     def __len__(self):
-        return len(self.images)
+        return self.n
 
     def __reduce__(self):                               # a pickled memory map takes its data along
         return Pictures, (self.folder,)
+
+    def take(self, index):
+        """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers, which are others where
+        a picture in place cannot be read: the next one that can stands in for it, the same at every visit."""
+        if self.images is not None:
+            return self.images[index], index
+        found = [self.decode(int(i)) for i in index]
+        return np.stack([square for square, _ in found]), np.array([i for _, i in found], np.int64)
+
+    def decode(self, first):
+        for i in (j % self.n for j in range(first, first + 100)):
+            file = self.place.open(self.names[i])       # if this fails, it is the disk's fault and no picture's
+            square = load_or_reason(lambda: file, self.size, self.crop)
+            if not isinstance(square, str):
+                return square, i
+            self.note_skipped(f"{self.place.title(self.names[i])}\t{square}\n")
+        raise UserError(f"100 pictures of {self.name} in a row cannot be read, from number {first} on: "
+                        f"see {self.folder}/skipped.txt")
+
+    def note_skipped(self, line):
+        """Add a line to skipped.txt, once, whichever process comes by."""
+        with contextlib.suppress(OSError), open(os.path.join(self.folder, "skipped.txt"), "a+b") as f:
+            f.seek(0)
+            if line.encode() not in f.readlines():
+                f.write(line.encode())
 
 
 def not_there(name, data_dir):
     where = "" if data_dir == "datasets" else f" --data-dir {data_dir}"
     if name in BUILT_IN:
-        return UserError(f"{name} is not in {data_dir} yet: `python data.py prepare {name}{where}`")
+        src = BUILT_IN[name].get("src")
+        where = (" --src PATH" if src else "") + where
+        return UserError(f"{name} is not in {data_dir} yet: `python data.py prepare {name}{where}`"
+                         + (f", where PATH is {src}" if src else ""))
     return UserError(f"no data set {name!r} in {data_dir}; built-in sets are {', '.join(BUILT_IN)}; "
                      f"`python data.py prepare {name} --src FOLDER{where}` makes one")
 
@@ -749,8 +1263,9 @@ class Batches(torch.utils.data.Dataset):
             index[here] = permutation(self.seed, int(e), len(self.pictures))[place[here]]
 
         order = np.argsort(index)                       # the disk is read in one direction
-        x = np.empty((len(k), *self.pictures.images.shape[1:]), np.uint8)
-        x[order] = self.pictures.images[index[order]]
+        taken, index[order] = self.pictures.take(index[order])
+        x = np.empty_like(taken)
+        x[order] = taken
         if self.flip:
             mirrored = mix(self.seed, k, MIRROR) % np.uint64(2) == 1
             x[mirrored] = x[mirrored, ..., ::-1]
@@ -762,7 +1277,7 @@ class Batches(torch.utils.data.Dataset):
 
 def open_or_prepare(name, data_dir):
     """open_set, after making a built-in set that needs neither source nor download."""
-    if BUILT_IN.get(name, OWN)["source"] in (shapes_source, emoji_source):
+    if name in NO_SOURCE:
         prepare(name, data_dir)
     return open_set(name, data_dir)
 
@@ -783,11 +1298,13 @@ def show(name, data_dir, out):
     """A sheet of up to 48 pictures, evenly spaced over the set, with their captions or classes."""
     pictures = open_or_prepare(name, data_dir)
     out = out or os.path.join(pictures.folder, "show.png")
-    texts, classes = pictures.captions, pictures.classes
-    if not texts:
-        texts = [classes[y] for y in pictures.labels] if classes else [""] * len(pictures)
-    chosen = spread(range(len(pictures)), 48)
-    sheet = grid(np.stack([captioned(pictures.images[i], texts[i]) for i in chosen]), 8, gap=6)
+    images, chosen = pictures.take(np.array(spread(range(len(pictures)), 48)))
+    classes, texts = pictures.classes, [""] * len(chosen)
+    if pictures.captions:
+        texts = [pictures.captions[i][0] for i in chosen]
+    elif classes:
+        texts = [classes[pictures.labels[i]] for i in chosen]
+    sheet = grid(np.stack([captioned(image, text) for image, text in zip(images, texts)]), 8, gap=6)
     try:
         sheet.save(out)
     except (OSError, ValueError) as e:                  # ValueError: not a picture's extension
@@ -803,16 +1320,28 @@ def export(name, data_dir, out, limit):
     if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise UserError(f"--out {out} is not a new or empty folder")
     pictures = open_or_prepare(name, data_dir)
-    images = pictures.images[:limit].transpose(0, 2, 3, 1)
-    arrays = [images] if pictures.labels is None else [images, pictures.labels[:limit]]
+    n, S, used = min(len(pictures), limit or len(pictures)), pictures.size, []
+
+    def save(i):
+        (square,), (number,) = pictures.take(np.array([i]))
+        image = Image.fromarray(square.transpose(1, 2, 0))
+        image.save(os.path.join(out, f"{i:06d}.png"))
+        return image.tobytes(), number
+
     try:
         os.makedirs(out, exist_ok=True)
-        for i, image in enumerate(tqdm(images, disable=None)):
-            Image.fromarray(image).save(os.path.join(out, f"{i:06d}.png"))
-        np.savez(os.path.join(out, "images.npz"), *arrays)
+        with zipfile.ZipFile(os.path.join(out, "images.npz"), "w") as npz:  # np.savez would hold all of it in memory
+            with npz.open("arr_0.npy", "w", force_zip64=True) as f:
+                np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, S, S, 3)))
+                for pixels, number in tqdm(in_threads(save, range(n)), total=n, disable=None):
+                    f.write(pixels)
+                    used.append(number)
+            if pictures.labels is not None:
+                with npz.open("arr_1.npy", "w") as f:
+                    np.lib.format.write_array(f, pictures.labels[used])
     except OSError as e:
         raise UserError(f"cannot write --out {out}: {e}")
-    print(f"{out}: {len(images):,} PNGs, and images.npz with {len(arrays)} array(s)")
+    print(f"{out}: {n:,} PNGs, and images.npz with {1 if pictures.labels is None else 2} array(s)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -833,9 +1362,13 @@ def parse(argv):
         return p
 
     p = command("prepare", "convert a set, once")
-    p.add_argument("--src", metavar="PATH", help="folder of pictures; emoji: font; cifar10: archive")
+    p.add_argument("--src", metavar="PATH", help="folder, zip, lmdb or tar shards; emoji: font; cifar10: archive")
     p.add_argument("--size", metavar="S", type=int, help="pixels a side; default: 32 or 64, as fits")
     p.add_argument("--limit", metavar="N", type=int, help="at most so many pictures")
+    p.add_argument("--crop", metavar="MODE", help="square (the largest in the middle), adm (the same, as ADM does it), "
+                   "N (the middle N pixels) or LEFT,TOP,RIGHT,BOTTOM; default: as the set is known")
+    p.add_argument("--classes", metavar="A,B", type=lambda text: text.split(","),
+                   help="celeba64, celebahq256: attributes to be classes, like Smiling")
     p = command("show", "draw a sheet of its pictures")
     p.add_argument("--out", metavar="FILE.png", help="default: show.png beside the set")
     p = command("export", "write single PNGs and an .npz")
@@ -853,7 +1386,7 @@ def main():
         show(args.name, args.data_dir, args.out)
     elif args.command == "export":
         export(args.name, args.data_dir, args.out, args.limit)
-    elif not prepare(args.name, args.data_dir, args.src, args.size, args.limit):
+    elif not prepare(args.name, args.data_dir, args.src, args.size, args.limit, args.crop, args.classes):
         print(f"{os.path.join(args.data_dir, args.name)} is already prepared: nothing to do")
 
 

@@ -157,7 +157,7 @@ def need_emoji():
 def test_emoji_are_about_1100_pictures_of_what_their_captions_say():
     need_emoji()
     source = data.emoji_source(None, 64, None)
-    picture = {caption: image for image, _, caption in source.items}
+    picture = {caption: image for image, _, (caption,) in source.items}
     assert len(picture) == source.count and 1050 < source.count < 1250, f"{source.count} emoji, {len(picture)} captions"
     for channel, caption in enumerate(["large red circle", "green heart", "large blue circle"]):
         darkest = picture[caption].mean((1, 2)).argmax()
@@ -171,7 +171,7 @@ def test_prepared_emoji_have_captions_and_a_white_background(tmp_path):
     need_emoji()
     data.prepare("emoji64", tmp_path, limit=20)
     pictures = data.open_set("emoji64", tmp_path)
-    assert pictures.images.shape == (20, 3, 64, 64) and len(set(pictures.captions)) == 20 and pictures.labels is None
+    assert pictures.images.shape == (20, 3, 64, 64) and len({name for name, in pictures.captions}) == 20 and pictures.labels is None
     assert pictures.images[:, :, 0, [0, -1]].min() > 250, "the upper corners are not white"
     assert pictures.images.min((1, 2, 3)).max() < 200, "one picture is empty"
     assert not pictures.flip, "mirrored letters and hands are other letters and hands"
@@ -474,7 +474,8 @@ def test_prepare_writes_what_it_announces_and_nothing_else(terminal):
     assert said == (0, f"writing 30 pictures of 32x32 to datasets/shapes: {30 * (3 * 32 * 32 + 8):,} bytes\n", "")
     assert files_in("datasets/shapes") == ["images.npy", "labels.npy", "meta.json"]
     assert json.loads(Path("datasets/shapes/meta.json").read_text()) == dict(
-        name="shapes", size=32, n=30, classes=data.SHAPE_CLASSES, flip=False, limit=30, source="drawn", skipped=0)
+        name="shapes", size=32, n=30, classes=data.SHAPE_CLASSES, flip=False, limit=30, attributes=None, source="drawn",
+        skipped=0)
 
 
 def test_prepare_does_nothing_to_a_set_that_is_there(terminal):
@@ -566,6 +567,9 @@ class Numbered:
 
     def __len__(self):
         return len(self.images)
+
+    def take(self, index):
+        return self.images[index], index
 
 
 def batches(n=10, batch=4, rows=None, seed=0, flip=False):
@@ -698,6 +702,16 @@ def test_export_overwrites_nothing(datasets, terminal, tmp_path):
     ("prepare emoji64 --src nowhere.ttf", "no emoji font at"),
     ("show cats", "built-in sets are shapes, shapes64, emoji64, emoji128, cifar10"),
     ("show cifar10", "`python data.py prepare cifar10`"),
+    ("show church256", "`python data.py prepare church256 --src PATH`, where PATH is church_outdoor_train_lmdb"),
+    ("prepare celeba64", "Name their folder with --src FOLDER: the folder with img_align_celeba"),
+    ("prepare celeba64 --src . --crop face", "--crop face is none of: square"),
+    ("prepare celeba64 --src . --crop bbox", "celeba64 has no such boxes"),
+    ("prepare shapes --crop adm", "the pictures of shapes are square already"),
+    ("prepare cats --src . --classes Smiling", "only celeba64 and celebahq256 have attributes"),
+    ("prepare cub64 --src .", "is not CUB-200-2011"),
+    ("prepare imagenet64 --src .", "no ImageNet in"),
+    ("prepare laion128 --src .", "is no folder of .tar shards, and no lmdb"),
+    ("prepare cats --src cut.zip", "cut.zip is not a folder, nor a zip"),
     ("show shapes --out nowhere/sheet.png", "cannot write --out nowhere/sheet.png"),
     ("show shapes --out sheet.txt", "cannot write --out sheet.txt"),
     ("prepare shapes --data-dir a_file", "cannot prepare shapes"),
@@ -707,6 +721,7 @@ def test_export_overwrites_nothing(datasets, terminal, tmp_path):
 def test_a_mistake_is_answered_with_one_line_and_exit_code_2(line, says, terminal, monkeypatch):
     monkeypatch.setattr(data, "SHAPE_COUNT", 8)
     Path("a_file").touch()
+    Path("cut.zip").write_bytes(b"PK")
     code, _, complaint = terminal(*line.split())
     assert code == 2 and says in complaint, f"exit code {code}: {complaint}"
     assert complaint.startswith("error: ") and complaint.count("\n") == 1, complaint
@@ -714,7 +729,7 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(line, says, termina
 
 def test_a_mistake_in_a_real_terminal_shows_no_traceback(tmp_path):
     complaint = command("data.py", "prepare", "cats", "--src", "no\nwhere", cwd=tmp_path, code=2)
-    assert complaint == f"error: --src {tmp_path}/no where is not a folder\n", "not one line"
+    assert complaint == f"error: --src {tmp_path}/no where is not a folder, nor a zip\n", "not one line"
 
 
 def test_of_several_processes_the_first_one_complains(terminal, monkeypatch):
@@ -732,8 +747,9 @@ def test_file_names_need_not_be_valid_text(album, terminal):
 
 
 def test_a_command_is_parsed_without_being_run():
-    asked = vars(data.parse("prepare cats --src pictures --size 64 --limit 9".split()))
-    assert asked == dict(command="prepare", name="cats", data_dir="datasets", src="pictures", size=64, limit=9)
+    asked = vars(data.parse("prepare cats --src pictures --size 64 --limit 9 --crop 140 --classes Male,Smiling".split()))
+    assert asked == dict(command="prepare", name="cats", data_dir="datasets", src="pictures", size=64, limit=9,
+                         crop="140", classes=["Male", "Smiling"])
 
 
 # ---- files, seeds and pixels ----------------------------------------------------------------------------------------

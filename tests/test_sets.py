@@ -1,0 +1,542 @@
+"""Every set of data.py, from small files in the format it is published in to pictures that a network trained on."""
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+from conftest import need
+from test_data import COLOURS, album, colours_of, files_in, quarters, terminal         # noqa: F401 (two are fixtures)
+
+RED, BLUE = (250, 10, 20), (20, 30, 240)
+
+
+def target(size, box, inside=RED, outside=BLUE):
+    """A picture that shows where it was cut: one colour inside of the box, another around it."""
+    image = Image.new("RGB", size, outside)
+    image.paste(inside, box)
+    return image
+
+
+def save(image, path, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **{**dict(quality=100, subsampling=0), **how} if path.suffix == ".jpg" else how)
+
+
+def encoded(image, kind):
+    f = io.BytesIO()
+    image.save(f, kind)
+    return f.getvalue()
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def all_red(images):
+    return abs(images.astype(int) - np.array(RED)[:, None, None]).max() < 12
+
+
+# ---- the sets, as they are published --------------------------------------------------------------------------------
+# Each function makes a small one in a folder and returns what --src must be.
+
+FACE, MIDDLE_140 = (25, 57, 153, 185), (19, 39, 159, 179)
+
+
+def celeba(folder, box=FACE):
+    for i in range(1, 7):
+        save(target((178, 218), box), folder / f"img_align_celeba/{i:06d}.jpg")
+    smiles = [" 1", "-1", " 1", "-1", " 1", "-1"]
+    write(folder / "list_attr_celeba.txt", "6", "5_o_Clock_Shadow Smiling Young ",
+          *[f"{i:06d}.jpg -1 {smile}  1" for i, smile in enumerate(smiles, 1)])
+    write(folder / "list_eval_partition.txt", *[f"{i:06d}.jpg {0 if i < 5 else i - 4}" for i in range(1, 7)])
+    write(folder / "list_bbox_celeba.txt", "6", "image_id x_1 y_1 width height", "000001.jpg    95  71 226 313")
+    return folder
+
+
+def celebahq(folder):
+    for i in range(12):
+        save(Image.new("L", (320, 320), 20 * i), folder / f"CelebA-HQ-img/{i}.jpg")
+        save(Image.new("L", (64, 64), 255), folder / f"CelebAMask-HQ-mask-anno/0/{i:05d}_hair.png")
+    write(folder / "CelebAMask-HQ-attribute-anno.txt", "12", "Male Smiling",
+          *[f"{i}.jpg  {1 if i % 2 else -1} {1 if i > 5 else -1}" for i in range(12)])
+    return folder
+
+
+def lsun(folder, spoil=()):
+    need_lmdb()
+    import lmdb
+    with lmdb.open(str(folder), map_size=2**24) as env, env.begin(write=True) as view:
+        for i, key in enumerate(sorted(hashlib.sha1(bytes([i])).hexdigest() for i in range(6))):
+            blob = encoded(target((341, 256), (42, 0, 298, 256)), "webp" if i % 2 else "jpeg")
+            view.put(key.encode(), b"not a picture" if i in spoil else blob)
+    return folder
+
+
+def need_lmdb():
+    try:
+        import lmdb                                                                     # noqa: F401
+    except ImportError:
+        need(False, "lmdb", "pip install lmdb")
+
+
+def cub(folder):
+    top, texts = folder / "CUB_200_2011", folder / "cvpr2016_cub/text_c10"
+    kinds = ["001.Black_footed_Albatross", "002.Laysan_Albatross"]
+    birds = [f"{kinds[i // 3]}/{kinds[i // 3][4:]}_{i:04d}_{i}" for i in range(6)]
+    for i, bird in enumerate(birds):                            # the first window leaves the picture on two sides
+        window = (0, 0, 150, 120) if i == 0 else (50, 20, 200, 170)
+        save(target((300, 240), window), top / f"images/{bird}.jpg")
+        write(texts / f"{bird}.txt", *[f"this bird is number {i} in way {j}." for j in range(9 if i == 1 else 10)])
+    (texts / f"{birds[3]}.txt").write_bytes(b"a bird\xff\xfe with a red\xff\xff beak\n\n  \nsecond\n")
+    (texts / f"{kinds[0]}.t7").write_bytes(b"torch")
+    write(top / "images.txt", *[f"{i + 1} {bird}.jpg" for i, bird in enumerate(birds)])
+    write(top / "bounding_boxes.txt", "1 25.0 5.0 100.0 80.0",              # 1.5 x 100 around (75, 45)
+          *[f"{i} 75.0 65.0 100.0 60.0" for i in range(2, 7)])              # 1.5 x 100 around (125, 95)
+    write(top / "image_class_labels.txt", *[f"{i + 1} {i // 3 + 1}" for i in range(6)])
+    write(top / "train_test_split.txt", *[f"{i + 1} {0 if i == 4 else 1}" for i in range(6)])
+    write(top / "classes.txt", *[f"{i + 1} {kind}" for i, kind in enumerate(kinds)])
+    return folder
+
+
+def imagenet_pixels(batch):
+    return np.random.RandomState(batch).randint(0, 256, (4, 3 * 64 * 64)).astype(np.uint8)
+
+
+def imagenet(folder):
+    for batch in (1, 2, 10):
+        np.savez(folder / f"train_data_batch_{batch}.npz", data=imagenet_pixels(batch),
+                 labels=np.array([1, 1000, 7, batch]), mean=np.zeros(12288))
+    np.savez(folder / "val_data.npz", data=imagenet_pixels(0), labels=np.ones(4, int))
+    return folder
+
+
+CAPTIONS = ["a red thing", "", "<PERSON> at the sea", "caf\u00e9", "a cut picture", "last"]
+
+
+def shards(folder, spoil=True):
+    """Two shards as img2dataset leaves them: members by completion, with gaps, here a broken picture (the third of
+    shard 0), a caption that is empty and one that is missing, and an end that was cut off."""
+    for shard, keys in enumerate([[3, 0, 2], [5, 1, 4]]):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for place, key in enumerate(keys):
+                number = 3 * shard + place
+                blob = encoded(Image.new("RGB", (160, 128), (40 * number, 0, 0)), "jpeg")
+                files = dict(jpg=blob[:300] if spoil and number == 2 else blob,
+                             json=json.dumps(dict(caption=CAPTIONS[number], key=f"{shard:05d}{key:04d}")).encode(),
+                             txt=CAPTIONS[number].encode())
+                if number == 3:
+                    del files["txt"]
+                for kind, content in files.items():
+                    member = tarfile.TarInfo(f"{shard:05d}{key:04d}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                    end = tar.offset
+        write(folder / f"{shard:05d}_stats.json", "{}")
+        (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+    if spoil:                                                   # the last caption is gone, and half of its picture
+        os.truncate(folder / "00001.tar", end - 4 * 512 - len(blob) // 2)
+    return folder
+
+
+def edm(folder, labels=True):
+    with zipfile.ZipFile(folder / "set.zip", "w") as z:
+        names = [f"{i // 1000:05d}/img{i:08d}.png" for i in (0, 1, 1000, 2)]
+        for i, name in enumerate(names):
+            z.writestr(name, encoded(Image.new("RGB", (64, 64), (60 * i, 0, 0)), "png"))
+        z.writestr("dataset.json", json.dumps(dict(labels=[[n, i % 3] for i, n in enumerate(names)] if labels else None)))
+    return folder / "set.zip"
+
+
+def captioned_folder(folder):
+    for name, grey in {"a.png": 10, "sub/b.PNG": 20, "c.png": 30}.items():
+        save(Image.new("L", (64, 64), grey), folder / name)
+    write(folder / "a.txt", "the first", "", "also the first")
+    write(folder / "sub/b.txt", "the second")
+    write(folder / "c.txt", "the third")
+    return folder
+
+
+SETS = {            # name: what makes it, pictures in it, classes, first caption
+    "celeba64": (celeba, 4, 0, None), "celebahq256": (celebahq, 12, 0, None), "church256": (lsun, 6, 0, None),
+    "bedroom256": (lsun, 6, 0, None), "cub64": (cub, 5, 2, "this bird is number 0 in way 0."),
+    "cub128": (cub, 5, 2, "this bird is number 0 in way 0."), "imagenet64": (imagenet, 12, 1000, None),
+    "cc12m64": (shards, 5, 0, "a red thing"), "laion128": (shards, 5, 0, "a red thing"),
+    "edm": (edm, 4, 3, None), "mine": (captioned_folder, 3, 0, "the first"),
+}
+
+
+@pytest.fixture
+def published(tmp_path):
+    """published(make, ...) is a set in its published form: what --src must be."""
+    def make(build, *args, **how):
+        folder = tmp_path / "published"
+        folder.mkdir()
+        return build(folder, *args, **how)
+
+    return make
+
+
+def opened(name, src, data_dir, **how):
+    data.prepare(name, data_dir, src=str(src), **how)
+    return data.open_set(name, data_dir)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """trained(name, out) trains a tiny network for three steps, in this process."""
+    def run(name, out):
+        size = data.describe(name, "datasets")["size"]
+        net = json.dumps(dict(patch_size=size // 4, dim=32, depth=3, heads=2))
+        monkeypatch.setattr(sys, "argv", ["train.py", "--model", "uvit", "--data", name, "--out", out, "--net", net,
+                                          *"--steps 3 --batch 4 --samples 2 --sample-steps 1 --device cpu "
+                                           "--dtype float32 --workers 0".split()])
+        handlers = [(sig, signal.getsignal(sig)) for sig in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            train.main()
+        finally:
+            for sig, handler in handlers:
+                signal.signal(sig, handler)
+
+    return run
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_goes_from_its_published_form_to_a_trained_network(name, published, terminal, trained):    # noqa: F811
+    build, n, classes, caption = SETS[name]
+    src = published(build)
+    code, said, complaint = terminal("prepare", name, "--src", src)
+    assert code == 0 and f" pictures of {data.describe(name, 'datasets')['size']}x" in said, complaint
+    pictures = data.open_set(name, "datasets")
+    assert len(pictures) == n and len(pictures.classes) == classes and (pictures.labels is None) == (classes == 0)
+    assert (pictures.captions and pictures.captions[0][0]) == caption
+    assert terminal("prepare", name)[1].endswith("already prepared: nothing to do\n")
+
+    code, said, complaint = terminal("show", name)
+    assert code == 0 and f"show.png: {n} of {n} pictures" in said, complaint
+    code, said, complaint = terminal("export", name, "--out", "pngs")
+    assert code == 0, complaint
+    with np.load("pngs/images.npz") as arrays:
+        assert arrays["arr_0"].shape == (n, pictures.size, pictures.size, 3) and ("arr_1" in arrays) == (classes > 0)
+        assert np.array_equal(arrays["arr_0"].transpose(0, 3, 1, 2), pictures.take(np.arange(n))[0])
+        assert np.array_equal(np.asarray(Image.open(f"pngs/{n - 1:06d}.png")), arrays["arr_0"][-1])
+
+    trained(name, "run")
+    assert [line.split(",")[0] for line in Path("run/log.csv").read_text().splitlines()] == ["step", "3"]
+
+
+# ---- crops and labels -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("box, crop", [(FACE, None), (MIDDLE_140, "140"), ((0, 0, 178, 178), "0,0,178,178")])
+def test_faces_are_cut_at_exactly_the_published_box(box, crop, published, tmp_path):
+    pictures = opened("celeba64", published(celeba, box), tmp_path, crop=crop)
+    assert all_red(pictures.images), f"blue shows at the edges: {pictures.images[0, :, [0, 32, -1], 32]}"
+    assert data.read_meta(pictures.folder)["crop"] == (crop or "25,57,153,185")
+
+
+@pytest.mark.parametrize("table", ["as published", "by Kaggle"])
+def test_attributes_of_faces_become_classes_when_asked(table, published, tmp_path):
+    src = published(celeba)
+    if table == "by Kaggle":
+        for name in ("list_attr_celeba", "list_eval_partition"):
+            rows = [line.split() for line in (src / f"{name}.txt").read_text().splitlines()]
+            rows = [["image_id", *rows[1]], *rows[2:]] if "attr" in name else [["image_id", "partition"], *rows]
+            write(src / f"{name}.csv", *map(",".join, rows))
+            (src / f"{name}.txt").unlink()
+        (src / "img_align_celeba").rename(src / "inner")
+        (src / "inner").rename(src / "img_align_celeba")
+    pictures = opened("celeba64", src, tmp_path, classes=["Smiling"])
+    assert pictures.classes == ["not Smiling", "Smiling"] and pictures.labels.tolist() == [1, 0, 1, 0]
+    assert data.describe("celeba64", tmp_path)["classes"] == pictures.classes
+    shutil.rmtree(tmp_path / "celeba64")
+    both = opened("celeba64", src, tmp_path, classes=["Smiling", "Young"])
+    assert both.classes[both.labels[1]] == "not Smiling, Young" and len(both.classes) == 4
+    shutil.rmtree(tmp_path / "celeba64")
+    with pytest.raises(data.UserError, match="no Happy in list_attr_celeba.*there are .*Smiling"):
+        opened("celeba64", src, tmp_path, classes=["Happy"])
+
+
+def test_celeba_without_its_split_says_that_it_takes_all(published, tmp_path, capsys):
+    src = published(celeba)
+    (src / "list_eval_partition.txt").unlink()
+    assert len(opened("celeba64", src, tmp_path)) == 6 and "taking all pictures" in capsys.readouterr().err
+
+
+def test_celebahq_is_in_the_order_of_its_numbers_and_knows_its_attributes(published, tmp_path):
+    pictures = opened("celebahq256", published(celebahq), tmp_path, classes=["Smiling"])
+    assert abs(pictures.images[:, 0, 0, 0].astype(int) - 20 * np.arange(12)).max() < 3, "10.jpg came before 2.jpg"
+    assert pictures.labels.tolist() == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize("name", ["church256", "bedroom256"])
+def test_lsun_keeps_the_order_of_its_keys_and_the_middle_of_its_pictures(name, published, tmp_path):
+    src = published(lsun)
+    pictures = opened(name, src, tmp_path)
+    assert abs(pictures.take(np.arange(6))[0].astype(int) - np.array(RED)[:, None, None]).mean() < 6
+    assert (pictures.images is None) == (name == "bedroom256"), "only bedroom stays in place"
+    assert len(opened("few", src, tmp_path, limit=2)) == 2
+
+
+def test_birds_are_cut_around_their_boxes_and_come_with_species_and_captions(published, tmp_path):
+    pictures = opened("cub64", published(cub), tmp_path)
+    assert all_red(pictures.images), "blue shows at the edges"
+    assert pictures.classes == ["Black footed Albatross", "Laysan Albatross"]
+    assert pictures.labels.tolist() == [0, 0, 0, 1, 1], "not the training pictures"
+    assert list(map(len, pictures.captions)) == [10, 9, 10, 2, 10]
+    assert pictures.captions[3] == ["a bird with a red beak", "second"]
+
+
+def test_birds_without_captions_are_still_a_set(published, tmp_path, capsys):
+    src = published(cub)
+    shutil.rmtree(src / "cvpr2016_cub")
+    assert opened("cub64", src, tmp_path).captions is None and "without captions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [None, 6])
+def test_imagenet_batches_follow_their_numbers_and_labels_start_at_zero(limit, published, tmp_path):
+    pictures = opened("imagenet64", published(imagenet), tmp_path, limit=limit)
+    pixels = np.concatenate([imagenet_pixels(batch) for batch in (1, 2, 10)])
+    assert np.array_equal(pictures.images.reshape(-1, 12288), pixels[:limit])
+    assert pictures.labels.tolist() == [0, 999, 6, 0, 0, 999, 6, 1, 0, 999, 6, 9][:limit]
+
+
+def test_imagenet_classes_have_names_where_the_list_is_there(published, tmp_path):
+    src = published(imagenet)
+    write(src / "map_clsloc.txt", "n02119789 1 kit_fox", "n02100735 2 English_setter")
+    assert opened("imagenet64", src, tmp_path).classes[:3] == ["kit fox n02119789", "English setter n02100735", "class 3"]
+
+
+@pytest.mark.parametrize("harm, says", [
+    (dict(labels=np.array([0, 1, 2, 3])), "with labels 1 .. 1000"),
+    (dict(data=np.zeros((4, 3072), np.uint8)), "not 4 pictures of 64 pixels"), (None, "are not ImageNet's")])
+def test_what_is_not_imagenet_is_refused(harm, says, published, tmp_path):
+    src = published(imagenet)
+    np.savez(src / "train_data_batch_2.npz", **{**dict(data=imagenet_pixels(2), labels=np.ones(4, int)), **(harm or {})})
+    if harm is None:
+        os.truncate(src / "train_data_batch_2.npz", 1000)
+    with pytest.raises(data.UserError, match=says):
+        opened("imagenet64", src, tmp_path)
+    assert data.read_meta(tmp_path / "imagenet64") is None
+
+
+def test_adm_cuts_where_adm_cuts(tmp_path):
+    """1600 x 1200 to 64: halved to 100 x 75, scaled to 85 x 64, cut at (85 - 64) // 2 = 10 pixels, 188 of the original;
+    the middle starts at 200."""
+    for left, seen_by_adm in ((186, False), (195, True)):
+        save(target((1600, 1200), (left, 0, 1600, 1200)), tmp_path / "wide.png")
+        adm, square = (data.load_square(str(tmp_path / "wide.png"), 64, crop).astype(int) for crop in ("adm", "square"))
+        assert adm.shape == (3, 64, 64) and (adm[0, 32, 0] < RED[0] - 30) == seen_by_adm, f"red starts at {left}"
+        assert abs(square[0] - RED[0]).max() < 12 and abs(adm[0, :, 2:] - RED[0]).max() < 12
+
+
+# ---- folders and zips -----------------------------------------------------------------------------------------------
+
+def test_an_edm_zip_has_the_labels_of_its_list_and_no_classes_without(published, tmp_path):
+    src = published(edm)
+    pictures = opened("zipped", src, tmp_path)
+    assert pictures.images[:, 0, 0, 0].tolist() == [0, 60, 180, 120] and pictures.labels.tolist() == [0, 1, 0, 2]
+    edm(src.parent, labels=False)
+    pictures = opened("unlabelled", src, tmp_path)
+    assert pictures.classes == [] and pictures.images.shape == (4, 3, 64, 64), "00000 and 00001 are no classes"
+
+
+def test_a_list_of_labels_that_does_not_fit_is_refused(published, tmp_path):
+    src = published(captioned_folder)
+    write(src / "dataset.json", '{"labels": [["a.png", 0]]}')
+    with pytest.raises(data.UserError, match="no label for 2 of its pictures, such as 'c.png'"):
+        opened("mine", src, tmp_path)
+    write(src / "dataset.json", '[1, 2]')
+    with pytest.raises(data.UserError, match="dataset.json in .* is no"):
+        opened("mine", src, tmp_path)
+
+
+def test_captions_come_from_the_text_beside_a_picture(published, tmp_path):
+    pictures = opened("mine", published(captioned_folder), tmp_path)
+    assert list(pictures.captions) == [["the first", "also the first"], ["the third"], ["the second"]]
+
+
+def test_a_metadata_table_goes_before_the_text_beside(published, tmp_path, capsys):
+    src = published(captioned_folder)
+    with open(src / "metadata.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["file_name", "prompt"], ["a.png", 'one, with "commas"'], ["sub/b.PNG", "two"]])
+    pictures = opened("by_csv", src, tmp_path)
+    assert list(pictures.captions) == [['one, with "commas"'], [""], ["two"]]
+    assert "1 of 3 pictures have no caption" in capsys.readouterr().err
+    write(src / "metadata.jsonl", '{"file_name": "a.png", "text": ["x", "y"], "id": 3}', "", '{"file_name": "c.png", "text": "z"}')
+    write(src / "sub/metadata.jsonl", '{"file_name": "b.PNG", "text": "w"}')
+    assert list(opened("by_jsonl", src, tmp_path).captions) == [["x", "y"], ["z"], ["w"]]
+
+
+@pytest.mark.parametrize("table, says", [
+    ('{"file_name": "a.png", "text": "x"}\n{"file_name": "d.png", "text": "y"}', "1 files that are not in .*: d.png"),
+    ('{"text": "x"}', "should hold file_name and text in every row"), ("not json", "should hold file_name and text")])
+def test_a_metadata_table_that_does_not_fit_is_refused(table, says, published, tmp_path):
+    src = published(captioned_folder)
+    write(src / "metadata.jsonl", table)
+    with pytest.raises(data.UserError, match=says):
+        opened("mine", src, tmp_path)
+
+
+def test_captions_stay_on_the_disk(published, tmp_path):
+    pictures = opened("mine", published(captioned_folder), tmp_path)
+    with pytest.raises(IndexError):
+        pictures.captions[3]
+    Path(pictures.folder, "captions.jsonl").write_text('["a"]\n["b"]\n')
+    with pytest.raises(data.UserError, match="different lengths"):
+        data.open_set("mine", tmp_path)
+
+
+# ---- sets that stay in place ----------------------------------------------------------------------------------------
+
+def test_shards_are_indexed_and_their_captions_read_in_place(published, tmp_path, capsys):
+    src = published(shards)
+    pictures = opened("cc12m64", src, tmp_path)
+    assert files_in(pictures.folder) == ["index.npy", "meta.json"] and pictures.images is None
+    assert pictures.names[:, :2].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]], "shard and number in it"
+    assert list(pictures.captions) == [["a red thing"], [""], ["<PERSON> at the sea"], [""], ["a cut picture"]]
+    warning = capsys.readouterr().err
+    assert "00001.tar: " in warning and "it gave 2 pictures" in warning, "not a word of the end that is missing"
+    meta = data.read_meta(pictures.folder)
+    assert meta["shards"] == ["00000.tar", "00001.tar"] and meta["n"] == 5 and meta["crop"] == "square"
+
+
+def test_the_next_picture_stands_in_for_a_broken_one_with_its_caption_and_is_listed_once(published, tmp_path):
+    pictures = opened("cc12m64", published(shards), tmp_path)
+    for _ in range(2):
+        images, numbers = pictures.take(np.array([4, 2, 0]))
+        assert numbers.tolist() == [4, 3, 0]
+        assert abs(images[:, 0, 0, 0].astype(int) - 40 * numbers).max() < 3
+    skipped = Path(pictures.folder, "skipped.txt").read_text().splitlines()
+    assert len(skipped) == 1 and skipped[0].startswith("00000.tar/000000002.jpg\tOSError: "), skipped
+    x, _ = data.Batches(pictures, 5, range(5), seed=0, flip=False)[0]
+    assert sorted(round(int(level) / 40) for level in x[:, 0, 0, 0]) == [0, 1, 3, 3, 4]
+
+
+def test_workers_bring_the_same_batches_from_shards_and_lmdb(published, tmp_path):
+    for name, build in (("cc12m64", shards), ("bedroom256", lsun)):
+        (tmp_path / name).mkdir()
+        batches = data.Batches(opened(name, build(tmp_path / name), tmp_path / "sets"), 4, range(4), seed=0, flip=True)
+        batches[0]                                              # opened before the fork
+        loader = torch.utils.data.DataLoader(batches, sampler=range(3), batch_size=None, num_workers=1)
+        assert all(torch.equal(x, batches[step][0]) for step, (x, _) in enumerate(loader))
+
+
+def test_a_limit_indexes_the_first_and_a_lost_shard_is_an_error(published, tmp_path):
+    src = published(shards, spoil=False)
+    few = opened("few", src, tmp_path, limit=4, size=32)
+    assert len(few) == 4 and few.size == 32 and few.take(np.array([3]))[0].shape == (1, 3, 32, 32)
+    (src / "00001.tar").unlink()
+    with pytest.raises(FileNotFoundError):
+        few.take(np.array([3]))
+
+
+def test_shards_without_a_picture_are_refused(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/0.tar").write_bytes(b"nothing" * 1000)
+    with pytest.raises(data.UserError, match="no pictures that can be read"):
+        opened("cc12m64", tmp_path / "src", tmp_path)
+
+
+def test_an_lmdb_stays_in_place_without_its_broken_pictures(published, tmp_path):
+    pictures = opened("bedroom256", published(lsun, spoil=[5]), tmp_path)
+    assert pictures.take(np.array([5, 4]))[1].tolist() == [0, 4], "the first stands in for the last"
+
+
+def test_without_lmdb_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    (tmp_path / "data.mdb").touch()
+    with pytest.raises(data.UserError, match="pip install lmdb"):
+        opened("church256", tmp_path, tmp_path / "sets")
+
+
+# ---- killed, full and changed ---------------------------------------------------------------------------------------
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_a_prepare_killed_at_ten_moments_leaves_no_set_and_repeats_to_the_byte(tmp_path):
+    src = tmp_path / "src"
+    for i in range(600):
+        save(Image.new("L", (64, 64), i % 256), src / f"{i % 3}/{i}.png")
+        write(src / f"{i % 3}/{i}.txt", f"number {i}")
+    (src / "1/broken.png").touch()
+    start = time.time()
+    opened("whole", src, tmp_path)
+    took = time.time() - start
+    whole = contents(tmp_path / "whole")
+    killed = 0
+    for moment in np.linspace(0.02, 1.1, 10) * took:
+        child = multiprocessing.get_context("fork").Process(target=data.prepare, args=("set", tmp_path, str(src)))
+        child.start()
+        child.join(moment)
+        child.kill()
+        child.join()
+        if (tmp_path / "set/meta.json").exists():               # it was through: then it is whole
+            assert contents(tmp_path / "set").keys() == whole.keys()
+            shutil.rmtree(tmp_path / "set")
+            continue
+        killed += 1
+        with pytest.raises(data.UserError, match="no data set 'set'"):
+            data.open_set("set", tmp_path)
+    opened("set", src, tmp_path)
+    again = contents(tmp_path / "set")
+    again["meta.json"] = again["meta.json"].replace(b'"set"', b'"whole"')
+    assert again == whole and killed >= 5, f"killed {killed} times"
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(published, terminal):                  # noqa: F811
+    src, limits = published(celebahq), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+        code, _, complaint = terminal("prepare", "celebahq256", "--src", src)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and complaint.startswith("error: cannot prepare celebahq256: ") and complaint.count("\n") == 1
+    assert files_in("datasets/celebahq256") == []
+
+
+def test_a_set_made_anew_of_other_pictures_has_another_fingerprint(published, tmp_path):
+    src, prints = published(captioned_folder), set()
+    for how in (dict(), dict(crop="adm"), dict(size=32), dict(limit=2)):
+        prints.add(opened("mine", src, tmp_path, **how).fingerprint)
+        again = data.open_set("mine", tmp_path).fingerprint
+        shutil.rmtree(tmp_path / "mine")
+        assert opened("mine", src, tmp_path, **how).fingerprint == again in prints
+        shutil.rmtree(tmp_path / "mine")
+    save(Image.new("L", (64, 64), 200), src / "d.png")
+    assert len(prints | {opened("mine", src, tmp_path).fingerprint}) == 5
+
+
+@pytest.mark.parametrize("file, content, says", [
+    ("meta.json", b"[]", "no proper name, size, n, classes, flip"), ("meta.json", b'{"name": "edm"}', "no proper size"),
+    ("labels.npy", np.zeros(4), "labels are not int64"), ("labels.npy", np.full(4, 3), "classes below 3"),
+    ("images.npy", np.zeros((4, 3, 64, 64)), "images are float64"),
+    ("images.npy", np.zeros((4, 64, 64, 3), np.uint8), r"images are uint8 \(4, 64, 64, 3\)")])
+def test_files_of_another_kind_are_one_line(file, content, says, published, tmp_path):
+    folder = opened("edm", published(edm), tmp_path).folder
+    if isinstance(content, bytes):
+        Path(folder, file).write_bytes(content)
+    else:
+        np.save(Path(folder, file), content)
+    for look in (data.open_set, data.describe) if file == "meta.json" else (data.open_set,):
+        with pytest.raises(data.UserError, match=f"damaged.*{says}.*rm -r"):
+            look("edm", tmp_path)
