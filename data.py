@@ -437,9 +437,6 @@ def cifar_source(src, size, limit):
 
 
 # ---- where pictures are: a folder, a zip, an lmdb, tar shards ------------------------------------
-# A place has `names` in a fixed order, open(name) -> a binary file, title(name) for messages, and
-# sha256, which tells whether it is still the same: of its list of files with their sizes.
-
 EXTENSIONS = tuple(".jpg .jpeg .png .gif .webp .bmp .ppm .pgm .tif .tiff".split())
 
 
@@ -450,7 +447,27 @@ def digest(lines):
     return h.hexdigest()
 
 
-class Folder:
+class Place:
+    """Has `names`, in an order that is always the same; open(name) -> a binary file; and sha256, over the list of its
+    files and their sizes, which tells it from another or later one."""
+
+    def title(self, name):
+        """What to call a file in messages."""
+        return os.fsdecode(name)
+
+    def text(self, name):
+        with self.open(name) as f:
+            return f.read().decode("utf-8", "replace")
+
+    def find(self, pattern):
+        """Names whose last part matches."""
+        return [name for name in self.names if re.fullmatch(pattern, name.split("/")[-1])]
+
+    def pictures(self):
+        return [name for name in self.names if name.lower().endswith(EXTENSIONS)]
+
+
+class Folder(Place):
     """All files below a folder, linked folders too, sorted, since disks have orders of their own."""
 
     def __init__(self, src):
@@ -477,10 +494,7 @@ class Folder:
     def open(self, name):
         return open(os.path.join(self.src, name), "rb")
 
-    title = staticmethod(str)
-
-
-class Zip:
+class Zip(Place):
     """The files in a zip, in the way of a folder: EDM's data sets, for example."""
 
     def __init__(self, src):
@@ -495,9 +509,6 @@ class Zip:
 
     def open(self, name):
         return io.BytesIO(self.zip.read(name))
-
-    title = staticmethod(str)
-
 
 @functools.lru_cache(maxsize=4)
 def open_lmdb(src):
@@ -515,7 +526,7 @@ if hasattr(os, "register_at_fork"):                     # an lmdb must not be ca
     os.register_at_fork(before=open_lmdb.cache_clear)
 
 
-class Lmdb:
+class Lmdb(Place):
     """The values of an lmdb, as LSUN comes; names: bytes (N,), in the order of the keys, which are hashes."""
 
     def __init__(self, src, names=None):
@@ -530,8 +541,6 @@ class Lmdb:
     def open(self, name):
         with open_lmdb(self.src).begin() as view:
             return io.BytesIO(view.get(bytes(name)))
-
-    title = staticmethod(os.fsdecode)
 
 
 def tar_pictures(path):
@@ -554,7 +563,7 @@ def tar_pictures(path):
     return np.array([(i, *row) for i, row in enumerate(rows)], np.int64).reshape(-1, 5), trouble
 
 
-class Tars:
+class Tars(Place):
     """The tar shards in a folder, as img2dataset writes them; names: int64 (N, 6), number of the shard, number of
     the picture in it, offset and length of the picture, offset and length of the caption."""
 
@@ -591,16 +600,22 @@ class Tars:
         return f"{self.shards[name[0]]}/{member}"
 
 
-def open_place(src, limit=None):
+def open_files(src):
+    """A folder or a zip."""
     if os.path.isfile(src) and zipfile.is_zipfile(src):
         return Zip(src)
     if not os.path.isdir(src):
         raise UserError(f"--src {src} is not a folder, nor a zip")
+    return Folder(src)
+
+
+def open_place(src, limit):
+    """Whatever is there; of tars only as many as it takes to reach the limit."""
     if os.path.exists(os.path.join(src, "data.mdb")):
         return Lmdb(src)
-    if any(f.endswith(".tar") for f in os.listdir(src)):
+    if os.path.isdir(src) and any(f.endswith(".tar") for f in os.listdir(src)):
         return Tars(src, limit=limit)
-    return Folder(src)
+    return open_files(src)
 
 
 # ---- how a picture becomes a square --------------------------------------------------------------
@@ -648,31 +663,34 @@ def adm_square(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def cut(image, crop):
+    """The part of a picture that (N,) or (left, top, right, bottom) stand for, as far as the picture goes."""
+    W, H = image.size
+    if len(crop) == 1:
+        left, top = (W - crop[0]) // 2, (H - crop[0]) // 2
+        crop = left, top, left + crop[0], top + crop[0]
+    left, top, right, bottom = max(0, crop[0]), max(0, crop[1]), min(W, crop[2]), min(H, crop[3])
+    if left >= right or top >= bottom:
+        raise ValueError(f"nothing of its {W} x {H} pixels is in the box")
+    return image.crop((left, top, right, bottom))
+
+
 def load_square(file, size, crop="square"):
-    """A picture -> uint8 (3, S, S); of an animation, the first frame. crop: see read_crop. What is cut out by
-    numbers is resized bilinearly, as those do whose boxes these are; if it is no square, its centre square counts."""
+    """A picture, of an animation the first, cropped as in read_crop -> uint8 (3, S, S). What numbers cut out is then
+    made square, and resized bilinearly, as is done by those who published the boxes."""
     with Image.open(file) as image:
         if crop == "square":
             image.draft("RGB", (3 * size, 3 * size))    # JPEG can decode smaller, and much faster
         image.load()
         image = to_rgb(upright(image))
+    how = dict(resample=Image.Resampling.BICUBIC, reducing_gap=3.0)
     if crop == "adm":
-        return np.asarray(adm_square(image, size)).transpose(2, 0, 1)
-    W, H = image.size
-    if crop != "square":
-        if len(crop) == 1:
-            left, top = (W - crop[0]) // 2, (H - crop[0]) // 2
-            crop = left, top, left + crop[0], top + crop[0]
-        crop = max(0, crop[0]), max(0, crop[1]), min(W, crop[2]), min(H, crop[3])
-        if crop[0] >= crop[2] or crop[1] >= crop[3]:
-            raise ValueError(f"nothing of the {W} x {H} pixels is in the box")
-        image = image.crop(crop)                        # resize(box=) would blend in what is around
-        W, H = image.size
-    side = min(W, H)
+        image = adm_square(image, size)
+    elif crop != "square":
+        image, how = cut(image, crop), dict(resample=Image.Resampling.BILINEAR)
+    (W, H), side = image.size, min(image.size)
     box = ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2)
-    how = Image.Resampling.BICUBIC if crop == "square" else Image.Resampling.BILINEAR
-    image = image.resize((size, size), how, box=box, reducing_gap=3.0 if crop == "square" else None)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.asarray(image.resize((size, size), box=box, **how)).transpose(2, 0, 1)
 
 
 def load_or_reason(open_file, size, crop="square"):
@@ -710,7 +728,8 @@ def pictures_source(place, names, size, limit, crop, classes=(), label=None, cap
     if len(names) == 0:
         raise UserError(f"no pictures in {place.src} or below; looked for {' '.join(EXTENSIONS)}")
     warnings.filterwarnings("ignore", module="PIL")     # remarks on files that it reads all the same
-    names, skipped, size, mode = spread(names, limit), [], size or natural_size(place, names), read_crop(crop)
+    names, skipped, mode = spread(names, limit), [], read_crop(crop)
+    size = size or natural_size(place, names)
 
     def square(name):
         return load_or_reason(functools.partial(place.open, name), size, boxes[name] if mode == "bbox" else mode)
@@ -751,8 +770,7 @@ def folder_labels(place, names):
     the top-level subfolders, if there are at least two and every picture is in one; else there are none: [], None."""
     if "dataset.json" in place.names:
         try:
-            with place.open("dataset.json") as f:
-                labels = {name: int(label) for name, label in json.load(f)["labels"] or []}
+            labels = {name: int(label) for name, label in json.loads(place.text("dataset.json"))["labels"] or []}
         except (ValueError, TypeError, KeyError) as e:
             raise UserError(f"dataset.json in {place.src} is no {{'labels': [['a.png', 0], ..]}}: "
                             f"{type(e).__name__} {e}")
@@ -769,8 +787,8 @@ def folder_labels(place, names):
 
 
 def caption_lines(text):
-    """A caption a line, bytes, which need not be valid text -> list of str, at least one."""
-    lines = [" ".join(line.replace("\ufffd", " ").split()) for line in text.decode("utf-8", "replace").splitlines()]
+    """A caption a line -> list of str, at least one. What was no valid text counts as a space."""
+    lines = [" ".join(line.replace("\ufffd", " ").split()) for line in text.splitlines()]
     return [line for line in lines if line] or [""]
 
 
@@ -791,9 +809,12 @@ def read_metadata(place, table):
 
 def folder_captions(place, names):
     """captions(name), or None. From metadata.jsonl files, else metadata.csv files, else a .txt beside each picture."""
+    def beside(name):
+        return os.path.splitext(name)[0] + ".txt"
+
     files, found = set(place.names), {}
     for file in ("metadata.jsonl", "metadata.csv"):
-        for table in [name for name in place.names if name.split("/")[-1] == file]:
+        for table in place.find(re.escape(file)):
             found.update(read_metadata(place, table))
         if found:
             break
@@ -801,13 +822,9 @@ def folder_captions(place, names):
         raise UserError(f"{file} speaks of {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
 
     def captions(name):
-        text = os.path.splitext(name)[0] + ".txt"
-        if found or text not in files:
-            return found.get(name, [""])
-        with place.open(text) as f:
-            return caption_lines(f.read())
+        return found.get(name, [""]) if found or beside(name) not in files else caption_lines(place.text(beside(name)))
 
-    without = sum(name not in found if found else os.path.splitext(name)[0] + ".txt" not in files for name in names)
+    without = sum(name not in found if found else beside(name) not in files for name in names)
     if 0 < without < len(names):
         print(f"warning: {without:,} of {len(names):,} pictures have no caption", file=sys.stderr)
     return captions if without < len(names) else None
@@ -820,7 +837,7 @@ def folder_source(src, size, limit, crop):
         return in_place_source(place, size, limit, crop)
     if isinstance(place, Lmdb):
         return pictures_source(place, place.names, size, limit, crop)
-    names = [name for name in place.names if name.lower().endswith(EXTENSIONS)]
+    names = place.pictures()
     return pictures_source(place, names, size, limit, crop, *folder_labels(place, names), folder_captions(place, names))
 
 
@@ -837,118 +854,102 @@ def big_source(src, size, limit, crop):
 def read_table(place, stem, columns=None):
     """A table of CelebA: lines of a file name and integers, below a line of column names if they have any; as .txt,
     or as the .csv of Kaggle -> {file: its integers in these columns, or the last one}; {} if it is not there."""
-    table = next((name for name in place.names if os.path.splitext(name.split("/")[-1])[0] == stem), None)
-    if not table:
-        return {}
-    with place.open(table) as f:
-        lines = [line.replace(",", " ") for line in f.read().decode("utf-8", "replace").splitlines()]
-    try:
-        first = next(i for i, line in enumerate(lines) if line.split()[0].lower().endswith((".jpg", ".png")))
-        head, at = lines[first - 1].split() if first else [], [-1]
-        if columns:
-            if unknown := [c for c in columns if c not in head]:
-                raise UserError(f"--classes: no {', '.join(unknown)} in {table}; there are {', '.join(head)}")
-            at = [head.index(c) - len(head) for c in columns]
-        return {cells[0]: [int(cells[i]) for i in at] for cells in map(str.split, lines[first:]) if cells}
-    except (StopIteration, ValueError, IndexError):
-        raise UserError(f"{table} in {place.src} is not the published table of files and integers")
+    for table in place.find(stem + r"\.(txt|csv)"):
+        lines = place.text(table).replace(",", " ").splitlines()
+        try:
+            first = next(i for i, line in enumerate(lines) if line.split()[0].lower().endswith(EXTENSIONS))
+            head, at = lines[first - 1].split() if first else [], [-1]
+            if columns:
+                if unknown := [c for c in columns if c not in head]:
+                    raise UserError(f"--classes: no {', '.join(unknown)} in {table}; there are {', '.join(head)}")
+                at = [head.index(c) - len(head) for c in columns]
+            return {cells[0]: [int(cells[i]) for i in at] for cells in map(str.split, lines[first:]) if cells}
+        except (StopIteration, ValueError, IndexError):
+            raise UserError(f"{table} in {place.src} is not the published table of files and integers")
+    return {}
 
 
 def faces_source(src, size, limit, crop, classes, images, attributes, split=None):
     """CelebA and CelebA-HQ: the folder `images`, the table `attributes`, and the table `split`, 0 for training. With
     attributes for classes, a class is a combination of having and not having them."""
-    place = open_place(src)
-    names = [name for name in place.names if name.lower().endswith(EXTENSIONS)]
-    names = [name for name in names if images in name.split("/")[:-1]] or names     # next to it may be masks
+    def row(name):
+        return table[name.split("/")[-1]]
+
+    place = open_files(src)
+    names = [name for name in place.pictures() if images in name.split("/")[:-1]] or place.pictures()   # not the masks
     names.sort(key=lambda name: (len(name), name))                                  # 2.jpg before 10.jpg
-    if split:
-        part = read_table(place, split)
-        names = [name for name in names if part.get(name.split("/")[-1], [0]) == [0]]
-        if not part:
-            print(f"warning: {src} has no {split}: taking all pictures, not only the training ones", file=sys.stderr)
+    if split and (table := read_table(place, split)):
+        names = [name for name in names if row(name) == [0]]
+    elif split:
+        print(f"warning: {src} has no {split}: taking all pictures, not only the training ones", file=sys.stderr)
     if not classes:
         return pictures_source(place, names, size, limit, crop)
     table = read_table(place, attributes, classes)
     if missing := [name for name in names if name.split("/")[-1] not in table]:
-        raise UserError(f"{src} has no {attributes}.txt with {missing[0]}, so no --classes")
+        raise UserError(f"there is no {attributes}.txt in {src}, or nothing of {missing[0]} in it: no --classes then")
     combinations = [", ".join(c if i >> k & 1 else f"not {c}" for k, c in enumerate(classes))
                     for i in range(2 ** len(classes))]
-    return pictures_source(place, names, size, limit, crop, combinations, lambda name: sum(
-        (value > 0) << k for k, value in enumerate(table[name.split("/")[-1]])))
+    return pictures_source(place, names, size, limit, crop, combinations,
+                           label=lambda name: sum((value > 0) << k for k, value in enumerate(row(name))))
 
 
 def birds_source(src, size, limit, crop):
     """CUB-200-2011, its training pictures, with the ten captions each that Reed et al. collected, if they are there.
     The box is StackGAN-v2's: a window of 1.5 times the bird's longer side around it."""
-    place = open_place(src)
-    top = next((name.removesuffix("train_test_split.txt") for name in place.names
-                if name.split("/")[-1] == "train_test_split.txt"), None)
-    if top is None:
-        raise UserError(f"{src} is not CUB-200-2011: there is no train_test_split.txt")
-
     def table(name):                                    # lines of a number and what it stands for
-        with place.open(top + name) as f:
-            return dict(line.split(" ", 1) for line in f.read().decode().splitlines() if line)
+        return dict(line.split(" ", 1) for line in place.text(top + name).splitlines() if line)
 
-    try:
-        bird, kinds, boxes = table("images.txt"), table("classes.txt"), {}
-        for number, box in table("bounding_boxes.txt").items():
-            x, y, w, h = (int(float(v)) for v in box.split())
-            r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
-            boxes[f"{top}images/{bird[number]}"] = cx - r, cy - r, cx + r, cy + r
-        training = [number for number, is_training in table("train_test_split.txt").items() if is_training == "1"]
-        kind_of = table("image_class_labels.txt")
-        label = {f"{top}images/{bird[number]}": int(kind_of[number]) - 1 for number in training}
-        names = sorted(label)
-        classes = [kinds[str(i + 1)].split(".")[-1].replace("_", " ") for i in range(len(kinds))]
-    except (OSError, KeyError, ValueError) as e:
-        raise UserError(f"{src} is not CUB-200-2011 as published: {type(e).__name__} {e}")
-
-    def bird_of(name):                                  # its species and file, without the extension
+    def bird(name):                                     # its species and number, without the extension
         return os.path.splitext("/".join(name.split("/")[-2:]))[0]
 
-    texts = {bird_of(name): name for name in place.names if "text_c10" in name.split("/") and name.endswith(".txt")}
+    place, label, boxes = open_files(src), {}, {}
+    try:
+        top = place.find(r"train_test_split\.txt")[0].removesuffix("train_test_split.txt")
+        kinds, kind, box = table("classes.txt"), table("image_class_labels.txt"), table("bounding_boxes.txt")
+        training = table("train_test_split.txt")
+        for number, file in table("images.txt").items():
+            if training[number] == "1":
+                x, y, w, h = (int(float(v)) for v in box[number].split())
+                r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
+                boxes[f"{top}images/{file}"] = cx - r, cy - r, cx + r, cy + r
+                label[f"{top}images/{file}"] = int(kind[number]) - 1
+        classes = [kinds[str(i + 1)].split(".")[-1].replace("_", " ") for i in range(len(kinds))]
+    except (OSError, IndexError, KeyError, ValueError) as e:
+        raise UserError(f"{src} is not CUB-200-2011 as published: {type(e).__name__} {e}")
+
+    texts = {bird(name): name for name in place.find(r".*\.txt") if "text_c10" in name.split("/")}
     if not texts:
         print(f"warning: {src} has no text_c10, the captions of Reed et al.: a set without captions", file=sys.stderr)
-
-    def captions(name):
-        if bird_of(name) not in texts:
-            return [""]
-        with place.open(texts[bird_of(name)]) as f:
-            return caption_lines(f.read())
-
-    return pictures_source(place, names, size, limit, crop, classes, label.get, captions if texts else None, boxes)
+    return pictures_source(place, sorted(label), size, limit, crop, classes, label.get, texts and (
+        lambda name: caption_lines(place.text(texts[bird(name)])) if bird(name) in texts else [""]), boxes)
 
 
 def imagenet_source(src, size, limit):
     """ImageNet, shrunk by Chrabaszcz et al. to train_data_batch_1.npz .. 10, which are read row by row."""
-    place = open_place(src)
-    names = [name for name in place.names if re.fullmatch(r"train_data_batch_\d+\.npz", name.split("/")[-1])]
-    names.sort(key=lambda name: (len(name.split("/")[-1]), name.split("/")[-1]))
-    try:
-        labels = [np.load(place.open(name))["labels"].astype(np.int64).ravel() - 1 for name in names]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
-        raise UserError(f"the .npz batches in {src} are not ImageNet's: {type(e).__name__} {e}")
+    place = open_files(src)
+    names = sorted(place.find(r"train_data_batch_\d+\.npz"), key=lambda name: int(re.findall(r"\d+", name)[-1]))
+    labels = []
+    for name in names:
+        with place.open(name) as f, np.load(f) as batch:
+            labels.append(np.array(batch["labels"] if "labels" in batch else [0], np.int64) - 1)
     if not names or min(map(np.min, labels)) < 0 or max(map(np.max, labels)) > 999:
         raise UserError(f"no ImageNet in {src}: looked for train_data_batch_1.npz .. 10, with labels 1 .. 1000")
     count = min(sum(map(len, labels)), limit or sys.maxsize)
 
     def rows():
         for name, ys in zip(names, labels):
-            with place.open(name) as f, zipfile.ZipFile(f).open("data.npy") as data:
-                np.lib.format.read_magic(data)
-                shape, by_columns, kind = np.lib.format.read_array_header_1_0(data)
-                if shape != (len(ys), 3 * size * size) or by_columns or kind != np.uint8:
+            with place.open(name) as f, zipfile.ZipFile(f).open("data.npy") as pixels:
+                np.lib.format.read_magic(pixels)
+                shape, by_columns, kind = np.lib.format.read_array_header_1_0(pixels)
+                if (shape, by_columns, kind) != ((len(ys), 3 * size * size), False, np.uint8):
                     raise UserError(f"{name} holds {kind} {shape}, not {len(ys)} pictures of {size} pixels a side")
                 for y in ys:
-                    yield np.frombuffer(data.read(3 * size * size), np.uint8).reshape(3, size, size), y, None
+                    yield np.frombuffer(pixels.read(3 * size * size), np.uint8).reshape(3, size, size), y, None
 
-    names_of = next((name for name in place.names if name.split("/")[-1] == "map_clsloc.txt"), None)
     classes = numbered(1000)
-    if names_of:                                        # lines of `n02119789 1 kit_fox`, numbers as the labels are
-        with place.open(names_of) as f:
-            for wnid, number, word in (line.split(" ", 2) for line in f.read().decode().splitlines() if line):
-                classes[int(number) - 1] = f"{word.replace('_', ' ')} {wnid}"
+    for table in place.find(r"map_clsloc\.txt"):        # lines like `n02119789 1 kit_fox`, numbered as the labels are
+        for wnid, number, word in map(str.split, place.text(table).splitlines()):
+            classes[int(number) - 1] = f"{word.replace('_', ' ')} {wnid}"
     return Source(count, size, classes, itertools.islice(rows(), count), src, dict(sha256=place.sha256), [])
 
 
@@ -1052,7 +1053,7 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
             how["classes"] = classes
         convert(row["source"](src, size or row["size"], limit, **how), folder,
                 dict(name=name, flip=row["flip"], limit=limit, attributes=classes))
-    except OSError as e:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"cannot prepare {name}: {e}")
     return True
 

@@ -43,7 +43,7 @@ def test_six_packages_are_required():
 
 KNOWS = {**{name: {"math", "torch", "einops"} for name in BACKBONES},
          "diffusion": {*sys.stdlib_module_names, "torch"},
-         "data": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm"},
+         "data": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm", "lmdb"},       # lmdb: an extra
          "sample": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm", "data", "diffusion", *BACKBONES},
          "train": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm", "data", "diffusion", *BACKBONES}}
 
