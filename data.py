@@ -1108,7 +1108,8 @@ def convert(source, folder, about):
         print(f"skipped {len(skipped)} unreadable files, listed in {folder}/skipped.txt; the first: "
               "{!r} ({})".format(*skipped[0]))
     meta = dict(about, size=S, n=len(labels) if index is None else len(index), classes=source.classes,
-                source=source.origin, skipped=len(skipped), **source.notes)
+                captions=lines.exists() or source.notes.get("place") == "Tars", source=source.origin,
+                skipped=len(skipped), **source.notes)
     write_lines("meta.json", [json.dumps(meta, indent=1)])
 
 
@@ -1137,75 +1138,83 @@ def read_lines(path):
     return Rows(len(ends), lambda i: json.loads(text[ends[i - 1] if i else 0:ends[i]].tobytes()))
 
 
-class Pictures:
-    """A prepared set: name, size, classes (names), flip; labels int64 (N,) and captions (like a list, of lists of
-    str), or None; fingerprint, which tells it from other sets of this name. UserError if its files are damaged.
+class InPlace:
+    """The pictures of a set that was not converted, decoded when they are asked for. names: (N, ...), memory-mapped,
+    of the pictures in `place`: see Tars and Lmdb."""
 
-    images: uint8 (N, 3, S, S), memory-mapped; None if they lie elsewhere, as `place` and `names` know: take() them."""
+    def __init__(self, folder, meta):
+        self.names = np.load(os.path.join(folder, "index.npy"), mmap_mode="r")
+        self.place = (Tars(meta["source"], self.names, meta["shards"]) if meta["place"] == "Tars" else
+                      Lmdb(meta["source"], self.names))
+        self.size, self.crop, self.skipped = meta["size"], read_crop(meta["crop"]), os.path.join(folder, "skipped.txt")
+
+    def __len__(self):
+        return len(self.names)
+
+    def decode(self, number):
+        """The picture of this number, or else the next one that can be read, the same at every visit; its number."""
+        for i in (j % len(self) for j in range(number, number + 100)):
+            file = self.place.open(self.names[i])       # if this fails, it is the disk's fault and no picture's
+            square = load_or_reason(lambda: file, self.size, self.crop)
+            if not isinstance(square, str):
+                return square, i
+            self.note(f"{self.place.title(self.names[i])}\t{square}\n".encode())
+        raise UserError(f"100 pictures in a row cannot be read, number {number} and after: see {self.skipped}")
+
+    def note(self, line):
+        """Add a line to skipped.txt, once, whichever process comes by."""
+        with contextlib.suppress(OSError), open(self.skipped, "a+b") as f:
+            f.seek(0)
+            if line not in f.readlines():
+                f.write(line)
+
+
+class Pictures:
+    """A prepared set: name, size, classes (names), flip; images uint8 (N, 3, S, S), memory-mapped, or InPlace; labels
+    int64 (N,) and captions (like a list, of lists of str), or None; fingerprint, which differs between sets of one name
+    that were made of other pictures or in another way. UserError if its files are damaged."""
 
     def __init__(self, folder):
         meta, captions = read_meta(folder), Path(folder, "captions.jsonl")
-        self.folder, self.labels, self.captions, self.images = folder, None, None, None
+        self.folder, self.labels, self.captions = folder, None, None
         try:
-            self.name, self.size, n = meta["name"], meta["size"], meta["n"]
+            self.name, self.size = meta["name"], meta["size"]
             self.classes, self.flip = meta["classes"], meta["flip"]
             self.fingerprint = digest(str(meta.get(key)) for key in ("n", "size", "classes", "crop", "sha256"))[:16]
             if "place" in meta:
-                kind, more = dict(Tars=(Tars, [meta["shards"]]), Lmdb=(Lmdb, []))[meta["place"]]
-                self.names = np.load(os.path.join(folder, "index.npy"), mmap_mode="r")
-                self.place, self.crop = kind(meta["source"], self.names, *more), read_crop(meta["crop"])
-                if kind is Tars:
-                    self.captions = Rows(n, lambda i: self.place.captions(self.names[i]))
-                parts = [self.names]
+                self.images = InPlace(folder, meta)
+                if meta["place"] == "Tars":
+                    names, place = self.images.names, self.images.place
+                    self.captions = Rows(len(names), lambda i: place.captions(names[i]))
             else:
                 self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
                 if (self.images.dtype, self.images.shape[1:]) != (np.uint8, (3, self.size, self.size)):
                     raise ValueError(f"its images are {self.images.dtype} {self.images.shape}")
-                parts = [self.images]
             if self.classes:
-                self.labels = np.load(os.path.join(folder, "labels.npy"))
-                if self.labels.dtype != np.int64 or self.labels.ndim != 1 or not (
-                        0 <= self.labels.min() and self.labels.max() < len(self.classes)):
+                y = self.labels = np.load(os.path.join(folder, "labels.npy"))
+                if (y.dtype, y.ndim) != (np.int64, 1) or not 0 <= y.min() <= y.max() < len(self.classes):
                     raise ValueError(f"its labels are not int64 classes below {len(self.classes)}")
             if captions.exists():
                 self.captions = read_lines(captions)
-            parts += [part for part in (self.labels, self.captions) if part is not None]
-            if any(len(part) != n for part in parts):
+            parts = (self.images, self.labels, self.captions)
+            if any(len(part) != meta["n"] for part in parts if part is not None):
                 raise ValueError("its files are of different lengths")
         except Exception as e:                          # numpy raises half a dozen kinds
             raise UserError(f"{folder} is damaged ({e}): rm -r {folder}, and prepare it again")
-        self.n = n
 
     def __len__(self):
-        return self.n
+        return len(self.images)
 
     def __reduce__(self):                               # a pickled memory map takes its data along
         return Pictures, (self.folder,)
 
     def take(self, index):
-        """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers, which are others where
-        a picture in place cannot be read: the next one that can stands in for it, the same at every visit."""
-        if self.images is not None:
+        """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers int64 (B,): those that
+        were asked for, but where a picture that lies in place cannot be read."""
+        if not isinstance(self.images, InPlace):
             return self.images[index], index
-        found = [self.decode(int(i)) for i in index]
-        return np.stack([square for square, _ in found]), np.array([i for _, i in found], np.int64)
-
-    def decode(self, first):
-        for i in (j % self.n for j in range(first, first + 100)):
-            file = self.place.open(self.names[i])       # if this fails, it is the disk's fault and no picture's
-            square = load_or_reason(lambda: file, self.size, self.crop)
-            if not isinstance(square, str):
-                return square, i
-            self.note_skipped(f"{self.place.title(self.names[i])}\t{square}\n")
-        raise UserError(f"100 pictures of {self.name} in a row cannot be read, from number {first} on: "
-                        f"see {self.folder}/skipped.txt")
-
-    def note_skipped(self, line):
-        """Add a line to skipped.txt, once, whichever process comes by."""
-        with contextlib.suppress(OSError), open(os.path.join(self.folder, "skipped.txt"), "a+b") as f:
-            f.seek(0)
-            if line.encode() not in f.readlines():
-                f.write(line.encode())
+        images, numbers = zip(*(self.images.decode(int(i)) for i in index))
+        return np.stack(images), np.array(numbers, np.int64)
 
 
 def not_there(name, data_dir):

@@ -474,8 +474,8 @@ def test_prepare_writes_what_it_announces_and_nothing_else(terminal):
     assert said == (0, f"writing 30 pictures of 32x32 to datasets/shapes: {30 * (3 * 32 * 32 + 8):,} bytes\n", "")
     assert files_in("datasets/shapes") == ["images.npy", "labels.npy", "meta.json"]
     assert json.loads(Path("datasets/shapes/meta.json").read_text()) == dict(
-        name="shapes", size=32, n=30, classes=data.SHAPE_CLASSES, flip=False, limit=30, attributes=None, source="drawn",
-        skipped=0)
+        name="shapes", size=32, n=30, classes=data.SHAPE_CLASSES, flip=False, limit=30, attributes=None, captions=False,
+        source="drawn", skipped=0)
 
 
 def test_prepare_does_nothing_to_a_set_that_is_there(terminal):
