@@ -437,10 +437,12 @@ def cifar_source(src, size, limit):
 
 
 # ---- where pictures are: a folder, a zip, an lmdb, tar shards ------------------------------------
+
 EXTENSIONS = tuple(".jpg .jpeg .png .gif .webp .bmp .ppm .pgm .tif .tiff".split())
 
 
 def digest(lines):
+    """sha256 of lines of text, file names among them, which need not be valid text."""
     h = hashlib.sha256()
     for line in lines:
         h.update(os.fsencode(line + "\n"))
@@ -494,6 +496,7 @@ class Folder(Place):
     def open(self, name):
         return open(os.path.join(self.src, name), "rb")
 
+
 class Zip(Place):
     """The files in a zip, in the way of a folder: EDM's data sets, for example."""
 
@@ -509,6 +512,7 @@ class Zip(Place):
 
     def open(self, name):
         return io.BytesIO(self.zip.read(name))
+
 
 @functools.lru_cache(maxsize=4)
 def open_lmdb(src):

@@ -9,10 +9,12 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +347,48 @@ def test_adm_cuts_where_adm_cuts(tmp_path):
         adm, square = (data.load_square(str(tmp_path / "wide.png"), 64, crop).astype(int) for crop in ("adm", "square"))
         assert adm.shape == (3, 64, 64) and (adm[0, 32, 0] < RED[0] - 30) == seen_by_adm, f"red starts at {left}"
         assert abs(square[0] - RED[0]).max() < 12 and abs(adm[0, :, 2:] - RED[0]).max() < 12
+
+
+# ---- odd and broken pictures that Pillow does not write -------------------------------------------------------------
+
+def png(width, height, depth, colour, pixels=b""):
+    """A PNG chunk by chunk; colour 2 is RGB."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def reason(content, tmp_path):
+    (tmp_path / "picture").write_bytes(content)
+    return data.load_or_reason(lambda: open(tmp_path / "picture", "rb"), 32)
+
+
+def test_sixteen_bits_of_colour_and_exif_that_is_none_are_no_obstacle(tmp_path):
+    wide = (np.asarray(quarters()).astype(">u2") * 257).reshape(96, -1)
+    rows = b"".join(b"\0" + row.tobytes() for row in wide)
+    jpeg = io.BytesIO()
+    quarters().save(jpeg, "jpeg", exif=b"Exif\0\0MM nothing that makes sense")
+    for content in (png(96, 96, 16, 2, rows), jpeg.getvalue()):
+        square = reason(content, tmp_path)
+        assert not isinstance(square, str) and abs(colours_of(square) - COLOURS).max() < 6, square
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "UnidentifiedImageError"), (b"<html>404</html>", "cannot identify image file the file"),
+    (encoded(quarters(), "webp")[:-20], "Error"), (encoded(quarters(), "jpeg")[:200], "Error"),
+    (encoded(quarters(), "png")[:100], "Error"), (png(40, 40, 8, 2).replace(b"IHDR\0", b"IHDR\1"), "UnidentifiedImageError"),
+    (png(20_000, 20_000, 8, 2), "DecompressionBombError"), (png(40, 40, 8, 2), "Error"),
+], ids=["empty", "a page", "cut webp", "cut jpeg", "cut png", "wrong checksum", "400 megapixels", "no pixels"])
+def test_what_is_wrong_with_a_picture_is_said_the_same_every_time(content, says, tmp_path):
+    first, again = reason(content, tmp_path), reason(content, tmp_path)
+    assert isinstance(first, str) and says in first and first == again, first
+
+
+def test_a_truncated_picture_never_comes_out_half_grey():
+    from PIL import ImageFile
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 # ---- folders and zips -----------------------------------------------------------------------------------------------
