@@ -877,7 +877,7 @@ def faces_source(src, size, limit, crop, classes, images, attributes, split=None
     """CelebA and CelebA-HQ: the folder `images`, the table `attributes`, and the table `split`, 0 for training. With
     attributes for classes, a class is a combination of having and not having them."""
     def row(name):
-        return table[name.split("/")[-1]]
+        return table.get(name.split("/")[-1])
 
     place = open_files(src)
     names = [name for name in place.pictures() if images in name.split("/")[:-1]] or place.pictures()   # not the masks
@@ -889,7 +889,7 @@ def faces_source(src, size, limit, crop, classes, images, attributes, split=None
     if not classes:
         return pictures_source(place, names, size, limit, crop)
     table = read_table(place, attributes, classes)
-    if missing := [name for name in names if name.split("/")[-1] not in table]:
+    if missing := [name for name in names if not row(name)]:
         raise UserError(f"there is no {attributes}.txt in {src}, or nothing of {missing[0]} in it: no --classes then")
     combinations = [", ".join(c if i >> k & 1 else f"not {c}" for k, c in enumerate(classes))
                     for i in range(2 ** len(classes))]

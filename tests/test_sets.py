@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import random
 import resource
 import shutil
 import signal
@@ -26,7 +25,7 @@ from PIL import Image
 import data
 import train
 from conftest import need
-from test_data import COLOURS, album, colours_of, files_in, quarters, terminal         # noqa: F401 (two are fixtures)
+from test_data import COLOURS, colours_of, files_in, quarters, terminal         # noqa: F401 (terminal is a fixture)
 
 RED, BLUE = (250, 10, 20), (20, 30, 240)
 
