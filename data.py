@@ -1045,7 +1045,8 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
                             f"to prepare it anew: rm -r {folder}")
         return False
     if "src" in row and src is None:
-        raise UserError(f"which pictures? Name their folder with --src FOLDER: {row['src']}")
+        raise not_there(name, data_dir) if name in BUILT_IN else UserError(
+            f"which pictures? Name their folder with --src FOLDER: {row['src']}")
     try:
         os.makedirs(folder, exist_ok=True)
         if name == "cifar10" and src is None:           # beside the set: it outlives `rm -r`

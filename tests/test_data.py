@@ -703,7 +703,7 @@ def test_export_overwrites_nothing(datasets, terminal, tmp_path):
     ("show cats", "built-in sets are shapes, shapes64, emoji64, emoji128, cifar10"),
     ("show cifar10", "`python data.py prepare cifar10`"),
     ("show church256", "`python data.py prepare church256 --src PATH`, where PATH is church_outdoor_train_lmdb"),
-    ("prepare celeba64", "Name their folder with --src FOLDER: the folder with img_align_celeba"),
+    ("prepare celeba64", "`python data.py prepare celeba64 --src PATH`, where PATH is the folder with img_align"),
     ("prepare celeba64 --src . --crop face", "--crop face is none of: square"),
     ("prepare celeba64 --src . --crop bbox", "celeba64 has no such boxes"),
     ("prepare shapes --crop adm", "the pictures of shapes are square already"),

@@ -245,6 +245,13 @@ def test_a_set_goes_from_its_published_form_to_a_trained_network(name, published
     assert [line.split(",")[0] for line in Path("run/log.csv").read_text().splitlines()] == ["step", "3"]
 
 
+def test_training_on_a_published_set_that_is_not_there_says_how_to_prepare_it(tmp_path, monkeypatch, trained):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.UserError, match="cub64 is not in datasets yet: `python data.py prepare cub64 --src PATH`"):
+        trained("cub64", "run")
+    assert files_in(tmp_path) == []
+
+
 # ---- crops and labels -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("box, crop", [(FACE, None), (MIDDLE_140, "140"), ((0, 0, 178, 178), "0,0,178,178")])
