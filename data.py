@@ -697,6 +697,8 @@ def load_square(file, size, crop="square"):
     return np.asarray(image.resize((size, size), box=box, **how)).transpose(2, 0, 1)
 
 
+# ---- from the pictures in a place to a source -----------------------------------------------------
+
 def load_or_reason(open_file, size, crop="square"):
     """load_square, or why not, as a string: never some other picture in its place."""
     file = None
