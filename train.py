@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import signal
 import sys
 import time
@@ -99,7 +100,7 @@ CHOICES = dict(model=list(MODELS), cond=["none", "class", "text"], schedule=list
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
-        "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]  # may differ at a resume
+        "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]     # in a resume
 
 # Minutes on a laptop. v prediction, the cosine schedule and times gathered around t = 0.6, because there outlines
 # are decided: the scorer's 75% at 3,000 steps was 62% at 5,000 with shift 2, spread 1 and lr 1.5e-3, and eps on the
@@ -147,10 +148,11 @@ AS_UVIT = dict(weight_decay=0.03, beta1=0.99, beta2=0.99, sampler="em", sample_s
 PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
              uvit=AS_UVIT, iuvit=AS_UVIT, ascend=dict(AS_UVIT, schedule="cosine"))
 SMALL = dict(beta2=0.999, warmup=2500)                                                  # U-ViT's on CIFAR-10
+WORKERS = dict(workers=8)                                                               # to decode pictures meanwhile
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
 TEXT_LEN = 256                                                                          # tokens, the paper's context
-TEXT = dict(cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)     # DDIM: paper; the rest assumed
-ADM_LSUN, ADM_IMAGENET64 = dict(warmup=0), dict(CLASS, warmup=0, schedule="cosine")
+TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # DDIM: paper
+ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
 DDIM64 = pyramid(128, [1, 2, 2, 2, 4], 2, [16], resample="conv")
 DDPM256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16], resample="conv", dropout=0.0)
 ADM256 = pyramid(256, [1, 1, 2, 2, 4, 4], 2, [32, 16, 8])
@@ -166,7 +168,7 @@ PAPER_RUNS = [
     ("unet-celeba64",         500_000,  128, 2e-4, DDIM64,                              {}),    # DDIM; 3.26
     # of these rows the steps are assumed, of the last three also batch and rate
     ("unet-church256",        500_000,   64, 2e-5, DDPM256,                             {}),    # DDPM; 7.89
-    ("unet-bedroom256",       500_000,   64, 2e-5, DDPM256,                             {}),    # DDPM; 4.90
+    ("unet-bedroom256",       500_000,   64, 2e-5, DDPM256,                        WORKERS),    # DDPM; 4.90
     ("unet-bedroom256-adm",   500_000,  256, 1e-4, ADM256,                        ADM_LSUN),    # ADM; 1.90
     ("unet-imagenet64",       540_000, 2048, 3e-4, ADM64,                   ADM_IMAGENET64),    # ADM; 2.07
     ("unet-cc12m64",          150_000,  256, 1e-4, UNET_300M,                         TEXT),    # "about 300M"
@@ -190,7 +192,7 @@ PAPER_RUNS = [
     ("ascend-celeba64",       500_000,  128, 2e-4, {},                                  {}),
     ("ascend-cub64",          200_000,  128, 2e-4, {},                                  {}),
     ("ascend-cub128",         200_000,  128, 2e-4, ASCEND128,                           {}),
-    ("ascend-bedroom256",     500_000,  128, 2e-4, ASCEND256,                           {}),
+    ("ascend-bedroom256",     500_000,  128, 2e-4, ASCEND256,                      WORKERS),
     ("ascend-celebahq256",    500_000,  128, 2e-4, ASCEND256,                           {}),
     ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),    # 590M; dim_mults given
 ]
@@ -315,12 +317,17 @@ def checkpoint_blocks(net):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
+def flat(record):
+    """A record of the config with the facts of its data set beside its fields."""
+    return {**record, **{f"info.{key}": value for key, value in record.get("info", {}).items()}, "info": None}
+
+
 def open_run(config, info, fresh, main_rank):
     """Make or find the run's folder; returns its checkpoint, or None for a new run.
 
     A folder that holds another run is refused with the difference shown. fresh moves the old run aside."""
     out = Path(config.out)
-    asked = config.record(info)
+    asked = flat(config.record(info))
     if main_rank and fresh and out.exists():
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
         out.rename(aside)
@@ -328,8 +335,8 @@ def open_run(config, info, fresh, main_rank):
     ckpt = None
     if (out / "ckpt.pt").exists() and not (fresh and not main_rank):
         ckpt = data.read_checkpoint(out / "ckpt.pt")
-        old = ckpt["config"]
-        changed = [f"{k}: {old.get(k)!r} there, {v!r} asked" for k, v in asked.items()
+        old = flat(ckpt["config"])
+        changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                    if k not in FREE and old.get(k) != v]
         if changed:
             error(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
@@ -417,6 +424,7 @@ def main():
     if world > 1:
         dist.barrier(patient)
     pictures = data.open_set(config.data, config.data_dir)
+    info["fingerprint"] = pictures.fingerprint                      # a set made anew is not the one a run began with
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
     torch.manual_seed(config.seed)
@@ -546,7 +554,7 @@ def main():
         eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
         dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
         x0, y = next(batches)
-        x0 = x0.to(device, non_blocking=True).float() / 127.5 - 1                       # (b, 3, S, S) in [-1, 1]
+        x0 = x0.to(device, non_blocking=True).float().div_(127.5).sub_(1)               # (b, 3, S, S) in [-1, 1]
         cond = (y.to(device, non_blocking=True).masked_fill(dropped, null_class),) if config.cond == "class" else ()
 
         for group in opt.param_groups:
@@ -579,8 +587,8 @@ def main():
         print(f"{end} at step {step}, {(seconds + time.time() - clock) / 60:.1f} minutes in all: "
               f"look at {out / 'samples'}{hint}")
     if world > 1:
-        dist.barrier()                                              # gloo's threads free their last tensors meanwhile;
-        dist.destroy_process_group()                                # without it the two could wait for each other
+        del model                                                   # before the group that it holds: freed by DDP, with
+        dist.destroy_process_group()                                # Python's lock held, it may wait for gloo's thread
 
 
 if __name__ == "__main__":
