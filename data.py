@@ -32,6 +32,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import stat
@@ -93,16 +94,32 @@ def write_file(path, write):
         raise
 
 
-def read_checkpoint(path):
-    """A checkpoint of train.py, a plain dict, on the CPU. Loading it runs no code in it."""
+def read_dict(path):
+    """A file that torch.save made of a dict, on the CPU. Loading it runs no code in it."""
     try:
-        with zipfile.ZipFile(path) as parts:            # torch.load itself does not look at the checksums
-            if broken := parts.testzip():
-                raise ValueError(f"the checksum of its part {broken} is wrong")
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):                    # torch.load itself does not look at the checksums
+            with zipfile.ZipFile(path) as parts:
+                if broken := parts.testzip():
+                    raise ValueError(f"the checksum of its part {broken} is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # of pickles that it will refuse in a moment
+            whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                              # torch raises half a dozen kinds
-        raise UserError(f"cannot read the checkpoint {path}: {(str(e).splitlines() or [e])[0]}")
-    if not isinstance(ckpt, dict) or "config" not in ckpt:
+        code, reason = re.search(r"GLOBAL ([\w.]+)", str(e)), (str(e).splitlines() or [e])[0]
+        if code:
+            reason = f"it holds {code[1]}, and more than tensors and plain values could run code here"
+        elif isinstance(e, pickle.UnpicklingError):     # torch's own advice would be to run the code
+            reason = "torch.save did not write it, or it is damaged"
+        raise UserError(f"cannot read the checkpoint {path}: {reason}")
+    if not isinstance(whole, dict):
+        raise UserError(f"{path} holds no weights by name, but a {type(whole).__name__}")
+    return whole
+
+
+def read_checkpoint(path):
+    """A checkpoint of train.py, a plain dict."""
+    ckpt = read_dict(path)
+    if "config" not in ckpt:
         raise UserError(f"{path} is not a checkpoint of train.py: it holds no config")
     return ckpt
 

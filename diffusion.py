@@ -77,6 +77,24 @@ class Cosine:
 SCHEDULES = dict(linear=Linear(), cosine=Cosine())
 
 
+# ---- clocks ------------------------------------------------------------------------------------------
+# Networks trained elsewhere count time in their own way. A network multiplies its t by 1000 to come to T = 1000
+# steps; a clock turns the t of this file, at which a picture has noise sigma(t), into the t which that network expects.
+
+CLOCKS = dict(
+    plain=lambda t: t,                                  # ours: steps 1 .. 1000 are t = 1/1000 .. 1
+    uvit=lambda t: 0.999 * t,                           # U-ViT's scripts give the network 999 t
+    adm=lambda t: (t - 0.001).clamp(min=0))             # ADM's number the same steps 0 .. 999
+
+
+def on_clock(net, name):
+    """The module net itself, from now on called as net(x, t, *cond) with the t of this file, by a hook before its
+    forward: whoever draws or trains with it need not know of clocks. net.forward stays as it was."""
+    if name != "plain":
+        net.register_forward_pre_hook(lambda net, args: (args[0], CLOCKS[name](args[1]), *args[2:]))
+    return net
+
+
 # ---- learning ----------------------------------------------------------------------------------------
 
 def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):

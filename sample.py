@@ -1,8 +1,9 @@
-"""Draw pictures from a checkpoint, which also holds the configuration.
+"""Draw pictures from a checkpoint, which also holds the configuration, or from published weights.
 
     python sample.py                                     the newest run, 64 pictures, one sheet
     python sample.py --ckpt runs/mine/ckpt.pt --n 480 --score
     python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of single PNGs
+    python sample.py --ckpt cifar10_uvit_small.pth       weights that U-ViT's or ADM's authors have published
     torchrun --nproc_per_node=8 -- sample.py --n 50000 --npz samples/50k.npz
 
 From a notebook: `from sample import load; net, config = load("ckpt.pt")`, then the samplers of diffusion.py.
@@ -20,6 +21,8 @@ from tqdm import tqdm
 
 import data
 import diffusion
+import unet
+import uvit
 from ascend import ASCEND
 from iuvit import IUViT
 from unet import UNet
@@ -27,15 +30,54 @@ from uvit import UViT
 
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
 
+# what to do with weights of other people, by a name that they hold
+PUBLISHED = {"in_blocks.0.norm1.weight": ("uvit", uvit.published), "input_blocks.0.0.weight": ("unet", unet.published)}
+FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.weight": "a U-Net of diffusers",
+           "down.0.block.0.conv1.weight": "a U-Net of DDPM's PyTorch ports", "cls_token": "a ViT that classifies",
+           "state_dict": "another program's checkpoint", "model": "another program's checkpoint"}
+
+
+def read(path, weights="ema"):
+    """A checkpoint of train.py, or a published file of U-ViT or ADM -> (its config as a dict, its state_dict).
+
+    Told apart by content. UserError, one line, for anything else; weights: 'ema' or 'raw', which only our own have."""
+    whole = data.read_dict(path)
+    if "config" in whole:
+        try:
+            return {"clock": "plain", **whole["config"]}, whole["ema" if weights == "ema" else "model"]
+        except (KeyError, TypeError) as e:
+            raise data.UserError(f"{path} does not fit this code: {e!r}")
+    model, published = next((known for name, known in PUBLISHED.items() if name in whole), (None, None))
+    if not published:
+        names = "entries like " + ", ".join(map(str, list(whole)[:3]))
+        what = next((what for name, what in FOREIGN.items() if name in whole), names)
+        raise data.UserError(f"{path} is neither a checkpoint of train.py (it holds no config) nor a file of U-ViT or "
+                             f"ADM: it holds {what}")
+    if weights == "raw":
+        fail(f"{path} is a published file, which holds one set of weights: leave out --weights raw")
+    try:
+        net, state, facts = published(whole)
+    except (ValueError, AssertionError, KeyError, IndexError, AttributeError) as e:
+        reason = e if isinstance(e, (ValueError, AssertionError)) else f"it is damaged: {e!r}"
+        raise data.UserError(f"{path} is no network that fits this code: {reason}")
+    size, classes = net.pop("img_size"), [str(i) for i in range(net.pop("num_classes"))]
+    return dict(model=model, net=net, data=Path(path).stem, cond="class" if classes else "none", **facts,
+                drop=0.1 if facts["has_null"] else 0.0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
+                info=dict(size=size, classes=classes, flip=True)), state
+
 
 def load(path, weights="ema", device="cpu"):
-    """A checkpoint of train.py -> (network in eval mode, its config as a dict). weights: 'ema' or 'raw'."""
-    ckpt = data.read_checkpoint(path)
+    """A checkpoint of train.py, or a published file of U-ViT or ADM -> (network in eval mode, its config as a dict).
+
+    The network is the plain one, except that calling it sets its clock (diffusion.on_clock): t is that of diffusion.py
+    also for networks that were trained elsewhere, and there is nothing to remember. weights: 'ema' or 'raw'."""
+    config, state = read(path, weights)
     try:
-        config, info = ckpt["config"], ckpt["config"]["info"]
+        info = config["info"]
         classes = len(info["classes"]) if config["cond"] == "class" else 0
         net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
-        net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
+        net.load_state_dict(state)
+        diffusion.on_clock(net, config["clock"])
     except (KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
         raise data.UserError(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
@@ -112,7 +154,8 @@ def main():
         fail(f"--score reads the pictures of class-conditional models of shapes; this one is of {config['data']}, "
              f"condition {config['cond']}")
     if args.cfg not in (None, 1) and (config["cond"] == "none" or config["drop"] == 0):
-        fail("--cfg needs a model trained with and without its condition; this one was not")
+        fail("--cfg needs a model trained with and without its condition; this one was not"
+             + ("; `python train.py --init-from` trains it so" if config["cond"] != "none" else ""))
     for name, key in dict(sampler="sampler", steps="sample_steps", cfg="cfg", clip="clip").items():
         if getattr(args, name) is None:
             setattr(args, name, config[key])

@@ -4,6 +4,7 @@
     python train.py --model iuvit --data cifar10                     one GPU: the paper's CIFAR-10 run
     torchrun --nproc_per_node=8 train.py --model ascend --data cifar10
     python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config below is a flag
+    python train.py --init-from cifar10_uvit_small.pth --data cats   go on from weights, your own or published ones
 
 The same command again resumes from the run's checkpoint, on a CPU bit for bit; a larger --steps goes on from there.
 """
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
+import sample
 from ascend import ASCEND
 from iuvit import IUViT
 from unet import UNet
@@ -57,6 +59,7 @@ class Config:
     prediction: str = "eps"         # eps (the paper), v
     time_shift: float = 1.0         # 1: t uniform (the paper); above 1: more of the high noise
     time_spread: float = 1.0        # below 1: t gathered around its median, time_shift / (1 + time_shift)
+    clock: str = "plain"            # how the network counts time: plain, uvit, adm; see diffusion.CLOCKS
     drop: float = 0.1               # how often the condition is replaced by the null one, for guidance
     # optimisation: AdamW, warm-up then constant
     steps: int = 500_000
@@ -76,6 +79,7 @@ class Config:
     cfg: float = 1.0                # guidance scale; 1 is none
     clip: str = "static"            # none, static, dynamic
     # the run
+    init_from: str = ""             # start from these weights: a checkpoint, or a file of U-ViT's or ADM's authors
     out: str = ""                   # default: runs/PRESET, or runs/MODEL-DATA where the preset was made for another set
     data_dir: str = "datasets"
     seed: int = 0
@@ -95,7 +99,8 @@ class Config:
 
 
 CHOICES = dict(model=list(MODELS), cond=["none", "class", "text"], schedule=list(diffusion.SCHEDULES),
-               prediction=["eps", "v"], sampler=list(diffusion.SAMPLERS), clip=["none", "static", "dynamic"],
+               clock=list(diffusion.CLOCKS), prediction=["eps", "v"], sampler=list(diffusion.SAMPLERS),
+               clip=["none", "static", "dynamic"],
                device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
@@ -132,6 +137,11 @@ PRESETS = {
     "ascend-emoji64": dict(SMALL64, model="ascend", net=dict(
         dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, dropout=0.0)),
 }
+
+# With --init-from and no --preset: network, schedule, prediction and clock are the file's, and these are assumed. A low
+# rate, because the weights are good already.
+FINE_TUNE = dict(data="shapes", steps=20_000, batch=32, lr=1e-4, warmup=500, ema=0.999, samples=24, sample_every=500,
+                 save_every=500)
 
 
 def vit(patch_size, dim, depth, heads, **more):
@@ -232,10 +242,17 @@ def parse(argv):
     fresh, dry_run = asked.pop("fresh"), asked.pop("dry_run")
 
     # which row
-    name = asked.get("preset") or nearest_preset(asked)
-    if name not in PRESETS:
+    name = asked.get("preset") or ("" if asked.get("init_from") else nearest_preset(asked))
+    if name and name not in PRESETS:
         error(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
-    row = PRESETS[name]
+    row = PRESETS[name] if name else FINE_TUNE
+    if asked.get("init_from"):
+        asked = {"data": row["data"], "data_dir": Config.data_dir, **asked}
+        asked = {"out": f"runs/{asked['data']}-from-{stem(asked['init_from'])}", **asked}
+        try:
+            row = {**row, "data": asked["data"], **inherited(asked, fresh)}
+        except (KeyError, TypeError) as e:
+            error(f"{asked['init_from']} does not fit this code: {e!r}")
     net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
     config = Config(**{**row, **asked, "preset": name, "net": net})
     classes = data.describe(config.data, config.data_dir)["classes"]
@@ -274,6 +291,65 @@ def nearest_preset(asked):
         return next((p for p in fits if rows[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
     size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
     return min(rows, key=lambda p: abs(math.log(data.describe(rows[p]["data"], "")["size"] / size)))
+
+
+# ---- starting from weights -------------------------------------------------------------------------------
+
+def stem(path):
+    """What to call weights: their file, or a checkpoint's run."""
+    return Path(path).stem if Path(path).name != "ckpt.pt" else Path(path).absolute().parent.name
+
+
+def begun(out, fresh):
+    """Whether the folder holds a run to go on with."""
+    return Path(out, "ckpt.pt").exists() and not fresh
+
+
+def inherited(asked, fresh):
+    """The fields of the config that the weights of --init-from decide: flags may not contradict them, a preset's may.
+
+    Once the run has a checkpoint of its own, which says the same, the file is not needed any more."""
+    path, name = asked["init_from"], asked["data"]
+    own = data.read_checkpoint(Path(asked["out"], "ckpt.pt"))["config"] if begun(asked["out"], fresh) else {}
+    there = own if own.get("init_from") == path else sample.read(path)[0]
+    fixed = {key: there[key] for key in ("model", "schedule", "prediction", "clock")}
+    defaults = {key: p.default for key, p in inspect.signature(MODELS[there["model"]]).parameters.items()}
+    full = json.loads(json.dumps({**defaults, **there["net"]}))             # so that tuples are lists, as in --net
+
+    net, old, new = dict(there["net"]), there["info"]["size"], data.describe(name, asked["data_dir"])["size"]
+    if old != new and "attn_sizes" not in full:
+        error(f"{path} is of {old}x{old} pictures and {name} of {new}x{new}: a {there['model']} keeps its size")
+    if old != new:                                      # convolutional: attention stays at the same levels
+        net["attn_sizes"] = full["attn_sizes"] = [size * new // old for size in full["attn_sizes"]]
+
+    asked = {"model": PRESETS.get(asked.get("preset"), there)["model"], **asked}
+    pairs = [(f"--{key}", asked.get(key, value), value) for key, value in fixed.items()]
+    pairs += [(f"--net {key}", value, full.get(key)) for key, value in asked.get("net", {}).items() if key != "dropout"]
+    wrong = [f"{flag} {mine!r} asked, {theirs!r} there" for flag, mine, theirs in pairs if mine != theirs]
+    if wrong:
+        error(f"{path} decides on the network, its schedule, prediction and clock: {'; '.join(wrong)}")
+    return dict(fixed, net=net, cond=there["cond"])
+
+
+def start_from(net, config, info):
+    """Load the weights of --init-from, and tell of it in a line. The embedding of other classes starts anew, with the
+    null class; all else must fit."""
+    there, weights = sample.read(config.init_from)
+    own, key, classes = net.state_dict(), "class_embed.weight", info["classes"]
+    numbers = [str(i) for i in range(len(classes))]     # published files know no names
+    kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
+    if not kept:
+        weights.pop(key, None)
+        weights.update({key: own[key]} if key in own else {})
+    theirs, mine = ({name: tuple(p.shape) for name, p in tensors.items()} for tensors in (weights, own))
+    wrong = [f"{name} {theirs.get(name, 'none')} there, {mine.get(name, 'none')} here"
+             for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+    if wrong:
+        error(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
+              f"{info['size']}x{info['size']} pictures: {'; '.join(wrong[:3])}")
+    net.load_state_dict(weights)
+    anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
+    return f"starting from {config.init_from}{anew}"
 
 
 # ---- pieces of a run -----------------------------------------------------------------------------------
@@ -428,7 +504,9 @@ def main():
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
     torch.manual_seed(config.seed)
-    net = build(config, info).to(device, memory_format=torch.channels_last)     # fastest for convolutions
+    net = diffusion.on_clock(build(config, info), config.clock)
+    origin = start_from(net, config, info) if config.init_from and not begun(config.out, fresh) else None
+    net = net.to(device, memory_format=torch.channels_last)                         # fastest for convolutions
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay, fused=True)
@@ -461,6 +539,8 @@ def main():
               f"{len(pictures):,} pictures of {config.data}, {info['size']}x{info['size']}; "
               "the paper's CIFAR-10 run of this model: "
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
+        if origin:
+            print(origin)
         text = json.dumps(config.record(info), indent=1)
         data.write_file(out / "config.json", lambda f: f.write(text.encode()))
         keep_log(out / "log.csv", start)

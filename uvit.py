@@ -166,6 +166,59 @@ class UViT(nn.Module):
         return self.head(x)                                                 # (B, C, H, W)
 
 
+def exactly(model, arguments, weights):
+    """weights, if they are those of model(**arguments) by name and shape. ValueError names a few that are not."""
+    with torch.device("meta"):
+        own = {name: tuple(p.shape) for name, p in model(**arguments).state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in weights.items()}
+    wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
+             for name in {**own, **found} if own.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"of its weights, as they are called here, {len(wrong)} do not fit: {'; '.join(wrong[:3])}")
+    return weights
+
+
+# The published files whose pictures are pixels: (side, patch, with classes). Common to all of them, and not to be seen
+# from shapes: heads of 64 channels, the linear schedule, eps, time as 999 t, and no class for "no class".
+PUBLISHED = {(32, 2, False): "cifar10_uvit_small",
+             (64, 4, False): "celeba64_uvit_small",
+             (64, 4, True): "imagenet64_uvit_mid, imagenet64_uvit_large"}
+
+
+def published(weights):
+    """A file of U-ViT's authors (github.com/baofff/U-ViT) -> (arguments of UViT, its state_dict, facts).
+
+    weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in PUBLISHED
+    will do. facts are what the network must be used with: see train.py's Config; has_null False says that its null
+    class, which the authors' network lacks, is zero and untrained. ValueError, one line, if it is another network."""
+    if "context_embed.weight" in weights:
+        raise ValueError("it is a text-to-image U-ViT, which works on latents of an autoencoder and not on pixels")
+    dim, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    classes = len(weights["label_emb.weight"]) if "label_emb.weight" in weights else 0
+    grid = math.isqrt(weights["pos_embed"].shape[1] - (2 if classes else 1))
+    img_size = patch_size * grid
+    what = f"a U-ViT for {img_size}x{img_size}, {channels} channels, patches of {patch_size}, {classes} classes"
+    if channels == 4:
+        raise ValueError(f"it is {what}: 4 channels are latents of an autoencoder, not pixels")
+    if "time_embed.0.weight" in weights:
+        raise ValueError(f"it is {what}, with an MLP for time, which none of the published files for pixels has")
+    if channels != 3 or (img_size, patch_size, classes > 0) not in PUBLISHED or dim % 64:
+        raise ValueError(f"it is {what}, width {dim}; those known here are {', '.join(PUBLISHED.values())}, and the "
+                         "like of other depths and of widths that are multiples of 64")
+
+    arguments = dict(img_size=img_size, patch_size=patch_size, dim=dim, heads=dim // 64, num_classes=classes,
+                     depth=sum(name.endswith(".norm1.weight") for name in weights))
+    theirs = {"patch_embed.proj.": "patch_embed.", "label_emb.": "class_embed.", ".mlp.": ".ffn.",
+              "decoder_pred.": "to_pixels.", "final_layer.": "head."}
+    ours = {}
+    for name, p in weights.items():
+        for old, new in theirs.items():
+            name = name.replace(old, new)
+        ours[name] = F.pad(p, (0, 0, 0, 1)) if name == "class_embed.weight" else p      # one more row: the null class
+    facts = dict(schedule="linear", prediction="eps", clock="uvit", has_null=False)
+    return arguments, exactly(UViT, arguments, ours), facts
+
+
 if __name__ == "__main__":
     net = UViT()
     for name, module in net.named_children():

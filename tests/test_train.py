@@ -460,6 +460,7 @@ def sheets(out):
 
 EFFECTS = dict(                         # another value of a field, and what it must change
     cond=("none", sheet), net=('{"depth": 1}', sheet), schedule=("cosine", weights), prediction=("eps", weights),
+    clock=("uvit", weights),
     time_shift=(9, weights), time_spread=(9, weights), drop=(0.9, weights), steps=(1, rows), batch=(4, weights),
     lr=(0.1, weights), warmup=(9, weights), weight_decay=(9, weights), beta1=(0.1, weights), beta2=(0.1, weights),
     ema=(0.01, average), grad_clip=(1e-4, weights), samples=(5, sheet), sampler=("em", sheet),
@@ -516,7 +517,7 @@ def test_device_names_where_to_train(trained, monkeypatch):
 
 def test_no_field_of_the_config_is_without_a_test_of_its_flag():
     elsewhere = {"preset", "model", "data", "out", "data_dir", "accum", "workers", "save_every", "compile", "device",
-                 "grad_ckpt", "timeout"}
+                 "grad_ckpt", "timeout", "init_from"}                            # the last in test_published.py
     assert elsewhere | set(EFFECTS) == {field.name for field in dataclasses.fields(train.Config)}
 
 
