@@ -5,6 +5,7 @@
     python data.py prepare celeba64 --src ~/celeba       a published one
     python data.py show cats                             look at it
     python data.py export cats --out cats_png            single PNGs, and an .npz for FID tools
+    python data.py encode cats --encoder words           captions become what a text-conditional network reads
 
 A data set is three things: where the pictures are, how they become squares, and their labels or
 captions. For each kind of set one function says so, in a Source. `prepare` reads the Source once
@@ -27,6 +28,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -39,6 +41,7 @@ import stat
 import sys
 import tarfile
 import textwrap
+import time
 import unicodedata
 import urllib.request
 import warnings
@@ -128,7 +131,7 @@ def read_checkpoint(path):
 # Nothing here consumes a stream of random numbers. Each is a hash of where it is used, so that the
 # thousandth needs no 999 before it: a resumed run, or one with more workers, draws the same.
 
-SHUFFLE, MIRROR, NOISE = 1, 2, 3                        # purposes, so that no two share an address
+SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes, so that no two share an address
 
 
 def mix(*ints):
@@ -281,6 +284,79 @@ def shapes_source(src, size, limit):
     return Source(count, size, SHAPE_CLASSES, items(), "drawn", {}, [])
 
 
+# ---- shapes with captions: one or two objects, what they are and where ---------------------------
+# `python train.py --data shapes --cond text` learns from the set shapes-text, drawn on first use. "a small red circle
+# on the left", or "a small red circle above a large blue square". The two differ in colour and never touch.
+
+SIDES = dict(small=(0.30, 0.35), large=(0.41, 0.46))    # of the bounding box, in units of the picture's side
+PLACES = {"in the middle": (0, 0), "on the left": (-0.2, 0), "on the right": (0.2, 0), "at the top": (0, -0.2),
+          "at the bottom": (0, 0.2)}                    # of one object: its centre from the picture's, within 0.06
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}   # from the second to the first
+GAP = 0.07                                              # at least so much between the boxes of two objects
+
+
+def held_out_colour(shape, relation):
+    """What no picture of the set shows: for each shape and relation this colour. With relation 0 (above), no red
+    circle is above anything (nor is anything below it); red circles elsewhere, and others above, are common."""
+    return (shape + relation) % 6
+
+
+def draw_scene(index, held_out=False):
+    """Picture number `index` of the caption task -> (grey level, Objects, caption), for `paint`. The same everywhere and
+    for ever. held_out: two objects, the first as in held_out_colour."""
+    def choice(purpose, n):
+        return mix(index, SCENE, purpose) % n
+
+    def uniform(purpose):
+        return (mix(index, SCENE, purpose) >> 11) * 2.0 ** -53
+
+    def phrase(size, colour, shape):
+        return f"a {list(SIDES)[size]} {list(PALETTE)[colour]} {SHAPES[shape]}"
+
+    sizes, shapes = (choice(0, 2), choice(1, 2)), (choice(2, 4), choice(3, 4))
+    boxes = [low + (high - low) * uniform(4 + i) for i in range(2) for low, high in [list(SIDES.values())[sizes[i]]]]
+    grey = GREYS[choice(6, 3)]
+    if not held_out and choice(7, 2) == 0:
+        colour, place = choice(8, 6), list(PLACES)[choice(9, 5)]
+        x, y = (0.5 + d + 0.12 * (uniform(10 + i) - 0.5) for i, d in enumerate(PLACES[place]))
+        return grey, [Object(colour, shapes[0], x, y, boxes[0])], f"{phrase(sizes[0], colour, shapes[0])} {place}"
+
+    relation = choice(8, 4)                             # its opposite is relation ^ 1
+    missing = [held_out_colour(shapes[0], relation), held_out_colour(shapes[1], relation ^ 1)]
+    if held_out:
+        colours = [missing[0]]
+    else:
+        colours = [(missing[0] + 1 + choice(9, 5)) % 6]
+    left = [c for c in range(6) if c != colours[0] and (held_out or c != missing[1])]
+    colours.append(left[choice(10, len(left))])
+
+    # along the relation's axis each has its part of the side, across it is near the middle
+    slack = 1 - boxes[0] - boxes[1] - GAP
+    before, after = slack * uniform(11), slack * (1 - uniform(11)) * uniform(12)
+    name, (dx, dy) = list(RELATIONS.items())[relation]
+    first = 0 if dx + dy < 0 else 1                     # which object comes first from the left, or from the top
+    centres = [None, None]
+    for i in range(2):
+        along = before + boxes[i] / 2 if i == first else 1 - after - boxes[i] / 2
+        across = 0.5 + 0.16 * (uniform(13 + i) - 0.5)
+        centres[i] = (along, across) if dx else (across, along)
+    objects = [Object(colours[i], shapes[i], *centres[i], boxes[i]) for i in range(2)]
+    return grey, objects, f"{phrase(sizes[0], colours[0], shapes[0])} {name} {phrase(sizes[1], colours[1], shapes[1])}"
+
+
+def captions_source(src, size, limit):
+    if src is not None:
+        raise UserError("the shapes sets are drawn: they take no --src")
+    count = min(SHAPE_COUNT, limit or SHAPE_COUNT)
+
+    def items():
+        for index in range(count):
+            grey, objects, caption = draw_scene(index)
+            yield paint(grey, objects, size), None, [caption]
+
+    return Source(count, size, [], items(), "drawn", {}, [])
+
+
 # ---- shapes: reading a picture back --------------------------------------------------------------
 # The limits were set on 1,500 held-out pictures of 32 pixels: with a blur of 1 / 45 of the side and
 # noise of 8 grey levels, the worst overlap is 0.87; a diamond's best is 0.85, a Gaussian spot's 0.78.
@@ -296,46 +372,58 @@ def harden(alpha):
     return np.clip(1.5 * (alpha - 0.5) + 0.5, 0, 1)
 
 
-def fit_shape(alpha):
-    """Coverage float (S, S), not quite in [0, 1] -> index into SHAPES, or -1. Each shape is laid
-    over the object by area and centre of mass, in which noise averages out; the best overlap wins."""
+def fit_shape(alpha, poor=POOR_FIT):
+    """Coverage float (S, S), not quite in [0, 1] -> index into SHAPES, or -1, and centre and side of its box, as in
+    Object. Each shape is laid over the object by area and centre of mass, in which noise averages out; the best
+    overlap wins."""
     S = len(alpha)
     rows, columns = np.nonzero(alpha > 0.5)
     if len(rows) == 0:
-        return -1
+        return -1, 0, 0, 0
     mass = np.zeros_like(alpha)                         # the object, with two pixels for soft edges
     near = np.s_[max(0, rows.min() - 2):rows.max() + 3, max(0, columns.min() - 2):columns.max() + 3]
     mass[near] = alpha[near]
     total, pixels = mass.sum(), (np.arange(S) + 0.5) / S
     if total < 1:
-        return -1
+        return -1, 0, 0, 0
     x, y = (mass.sum(0) * pixels).sum() / total, (mass.sum(1) * pixels).sum() / total
-    mass, overlaps = harden(mass), []
+    mass, fits = harden(mass), []
     for shape in range(4):
         box = math.sqrt(total / AREA[shape]) / S
         top = box / 6 if SHAPES[shape] == "triangle" else 0             # its mass sits low
         fit = harden(coverage(shape, x, y - top, box, S))
-        overlaps.append(np.minimum(mass, fit).sum() / np.maximum(mass, fit).sum())
-    return int(np.argmax(overlaps)) if max(overlaps) > POOR_FIT else -1
+        overlap = np.minimum(mass, fit).sum() / np.maximum(mass, fit).sum()
+        fits.append((overlap, shape, x, y - top, box))
+    overlap, shape, x, y, box = max(fits, key=lambda fit: fit[0])
+    return shape if overlap > poor else -1, x, y, box
+
+
+def backdrop(p):
+    """Picture float (3, S, S) -> its background (3, 1, 1) and each pixel's contrast to that, (S, S)."""
+    border = np.concatenate([p[:, 0], p[:, -1], p[:, :, 0], p[:, :, -1]], axis=1)
+    background = np.median(border, axis=1)[:, None, None]
+    return background, np.linalg.norm(p - background, axis=0)
+
+
+def read_colour(p, background, core):
+    """What is seen where core (S, S) is True -> row of COLOURS, or -1, and the coverage of each pixel by it, (S, S)."""
+    found = np.median(p[:, core], axis=1)               # (3,) the object's middle
+    off = np.linalg.norm(COLOURS - found, axis=1)
+    # from the background's colour to the object's is a line; along it pixels tell their coverage
+    line = found[:, None, None] - background
+    alpha = ((p - background) * line).sum(0) / max((line ** 2).sum(), 1)
+    return int(off.argmin()) if off.min() <= OFF_PALETTE else -1, alpha
 
 
 def read_shape(image):
     """One picture uint8 (3, S, S) -> (colour, shape), each -1 where it cannot tell."""
     p = image.astype(np.float32)
-    border = np.concatenate([p[:, 0], p[:, -1], p[:, :, 0], p[:, :, -1]], axis=1)
-    background = np.median(border, axis=1)[:, None, None]
-    contrast = np.linalg.norm(p - background, axis=0)                   # (S, S)
+    background, contrast = backdrop(p)
     full = np.percentile(contrast, 97)                  # the smallest shape covers 8% of a picture
     if full < FAINT:
         return -1, -1
-    found = np.median(p[:, contrast > 0.7 * full], axis=1)              # (3,) the object's middle
-    off = np.linalg.norm(COLOURS - found, axis=1)
-    if off.min() > OFF_PALETTE:
-        return -1, -1
-    # from the background's colour to the object's is a line; along it pixels tell their coverage
-    line = found[:, None, None] - background
-    alpha = ((p - background) * line).sum(0) / max((line ** 2).sum(), 1)
-    return int(off.argmin()), fit_shape(alpha)
+    colour, alpha = read_colour(p, background, contrast > 0.7 * full)
+    return (colour, fit_shape(alpha)[0]) if colour >= 0 else (-1, -1)
 
 
 def read_shapes(images):
@@ -352,6 +440,102 @@ def score_shapes(images, labels):
     right = dict(shape=shape == labels % 4, colour=colour == labels // 4)
     right["both"] = right["shape"] & right["colour"]
     return dict(n=len(labels), **{key: 100 * float(hit.mean()) for key, hit in right.items()})
+
+
+# ---- shapes with captions: reading a picture back -------------------------------------------------
+
+CLEAR = 50                # grey levels; an object begins where it is so far from the background, speckle is nearer
+SPECK = 0.008             # part of a picture; less is no object. The smallest, a triangle, covers 4.5%
+MIDDLE = 0.1              # a centre nearer to the picture's is "in the middle"
+LARGE = 0.38              # side of the box, between the two sizes
+SCENE_FIT = 0.78          # in place of POOR_FIT: a shape 10 pixels wide is mostly edge. A diamond passes for a circle
+
+THING = rf"an? (?:({'|'.join(SIDES)}) )?({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})"
+CAPTION_FORM = re.compile(rf"{THING}(?: ({'|'.join(PLACES)})| ({'|'.join(RELATIONS)}) {THING})?\.?")
+
+
+def neighbours(mask):
+    """The four neighbours of every pixel, (4, S, S), 0 beyond the border."""
+    wide = np.pad(mask, 1)
+    return np.stack([wide[:-2, 1:-1], wide[2:, 1:-1], wide[1:-1, :-2], wide[1:-1, 2:]])
+
+
+def pieces(mask):
+    """bool (S, S) -> its connected pieces, a list of bool (S, S), the largest first, without specks."""
+    label, last = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), None
+    while not np.array_equal(label, last):              # the highest number of a piece spreads over it
+        label, last = np.where(mask, np.maximum(label, neighbours(label).max(0)), 0), label
+    numbers, sizes = np.unique(label[mask], return_counts=True)
+    return [label == numbers[i] for i in np.argsort(-sizes, kind="stable") if sizes[i] > SPECK * mask.size]
+
+
+def read_scene(image):
+    """One picture uint8 (3, S, S) -> its Objects, the largest first; colour and shape are -1 where it cannot tell."""
+    p = image.astype(np.float32)
+    background, contrast = backdrop(p)
+    found, objects = pieces(contrast > CLEAR), []
+    for piece in found:
+        core = piece & (contrast > 0.7 * np.percentile(contrast[piece], 80))
+        colour, alpha = read_colour(p, background, core)
+        others = np.any([other for other in found if other is not piece] or [piece & False], axis=0)
+        alpha[others | neighbours(others).any(0)] = 0
+        objects.append(Object(colour, *fit_shape(alpha, SCENE_FIT)))
+    return objects
+
+
+def direction(dx, dy, names):
+    """Which of names, word -> (x, y), points most in this direction."""
+    return max(names, key=lambda name: dx * names[name][0] + dy * names[name][1])
+
+
+def judge_scene(objects, asked):
+    """Objects seen, and the groups of CAPTION_FORM -> {what was asked: is it so?}."""
+    things = [thing for thing in (asked[0:3], asked[5:8]) if thing[1]]          # (size or None, colour, shape) each
+    place, relation = asked[3:5]
+    seen = [(("small", "large")[o.box > LARGE], ([*PALETTE, None])[o.colour], ([*SHAPES, None])[o.shape], o)
+            for o in objects[:len(things)]]
+    seen += [(None, None, None, None)] * (len(things) - len(seen))
+    # which is which: the order in which more colours and shapes are as asked
+    seen = max((seen, seen[::-1]), key=lambda order: sum(a == b for o, thing in zip(order, things)
+                                                         for a, b in zip(o[1:3], thing[1:3])))
+    right = dict(colour=all(o[1] == thing[1] for o, thing in zip(seen, things)),
+                 shape=all(o[2] == thing[2] for o, thing in zip(seen, things)))
+    if any(thing[0] for thing in things):
+        right["size"] = all(thing[0] in (None, o[0]) for o, thing in zip(seen, things))
+    if place:
+        dx, dy = (seen[0][3].x - 0.5, seen[0][3].y - 0.5) if objects else (9, 9)
+        middle = max(abs(dx), abs(dy)) < MIDDLE
+        right["place"] = bool(objects) and place == ("in the middle" if middle else direction(dx, dy, PLACES))
+    if relation:
+        a, b = seen[0][3], seen[1][3]
+        right["relation"] = bool(a and b) and relation == direction(a.x - b.x, a.y - b.y, RELATIONS)
+    right["all"] = all(right.values()) and len(objects) == len(things)
+    return right
+
+
+def score_captions(images, captions):
+    """Pictures uint8 (N, 3, S, S) of captions like draw_scene's, without size, place or second object if you like
+    -> dict(n=, colour=, shape=, size=, place=, relation=, all=): of so many percent of the captions that speak of it,
+    it is right; of two objects both must be. What none speaks of is left out. `all`: and there is nothing else."""
+    asked = [CAPTION_FORM.fullmatch(" ".join(caption.lower().split())) for caption in captions]
+    if None in asked:
+        raise UserError(f"{captions[asked.index(None)]!r} cannot be scored; this can: {draw_scene(1)[2]!r}, "
+                        f"{draw_scene(0)[2]!r}")
+    right = [judge_scene(read_scene(image), match.groups()) for image, match in zip(images, asked)]
+    keys = [key for key in ("colour", "shape", "size", "place", "relation", "all") if any(key in r for r in right)]
+    return dict(n=len(right), **{key: 100 * float(np.mean([r[key] for r in right if key in r])) for key in keys})
+
+
+def asked_scenes(n):
+    """n captions to be scored by, and the kind of each: one object, two objects, held-out. By turns, of numbers that
+    no training has seen."""
+    kinds, captions, index = ("one object", "two objects", "held-out"), [], SHAPE_COUNT
+    for i in range(n):
+        caption = ""
+        while not caption or i % 3 < 2 and (" a " in caption) != (i % 3 == 1):
+            caption, index = draw_scene(index, held_out=i % 3 == 2)[2], index + 1
+        captions.append(caption)
+    return captions, [kinds[i % 3] for i in range(n)]
 
 
 # ---- emoji: a thousand real pictures with real captions, out of a font ---------------------------
@@ -1009,10 +1193,12 @@ BUILT_IN = {
                         src="the folder with train_data_batch_1.npz .. 10"),
     "cc12m64":     dict(SHARDS, size=64),
     "laion128":    dict(SHARDS, size=128),
+    "shapes-text": dict(size=32, classes=[], captions=True, flip=False, source=captions_source),
+    "shapes64-text": dict(size=64, classes=[], captions=True, flip=False, source=captions_source),
 }
 OWN = dict(size=None, flip=True, source=folder_source, crop="square",           # the row of any other name
            src="a folder of pictures, a .zip, .tar shards or an lmdb")
-NO_SOURCE = [name for name, row in BUILT_IN.items() if row["source"] in (shapes_source, emoji_source)]
+NO_SOURCE = [name for name, row in BUILT_IN.items() if row["source"] in (shapes_source, captions_source, emoji_source)]
 
 
 def set_folder(name, data_dir):
@@ -1021,9 +1207,8 @@ def set_folder(name, data_dir):
     return os.path.join(data_dir, name)
 
 
-def read_meta(folder):
-    """meta.json of a complete set, None if there is none."""
-    kinds = dict(name=str, size=int, n=int, classes=list, flip=bool)
+def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=bool)):
+    """meta.json of a complete set, or of other things that need other keys; None if there is none."""
     try:
         meta = json.loads(Path(folder, "meta.json").read_bytes())
         if wrong := [key for key in kinds if not isinstance(meta, dict) or type(meta.get(key)) is not kinds[key]]:
@@ -1032,7 +1217,7 @@ def read_meta(folder):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as e:
-        raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, and prepare again")
+        raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, and make it again")
 
 
 def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=None):
@@ -1268,6 +1453,258 @@ def open_set(name, data_dir):
     return Pictures(folder)
 
 
+# ---- text features: what a network reads of a caption ---------------------------------------------
+# An encoder turns a caption into tokens, vectors of its `width`. They are computed once, and stored without padding:
+#
+#     DIR/NAME/text/ENCODER/tokens.npy      float16 (T, d), the tokens of all captions in a row
+#                           offsets.npy     int64 (M + 1,): caption m has the tokens offsets[m] up to offsets[m + 1]
+#                           caption_of.npy  int64 (N + 1,): picture i has the captions caption_of[i] up to [i + 1]
+#                           meta.json       written last
+#
+# The last caption, of no picture, is "": the null condition of classifier-free guidance. Every caption ends in a token
+# that says so, so that none is without tokens.
+
+MAX_TOKENS = 256                                        # the paper's context; what a caption has beyond is cut off
+FEATURES = dict(encoder=str, width=int, n=int)          # what their meta.json must hold
+INSTALL_T5 = "pip install transformers sentencepiece protobuf"
+
+
+@functools.lru_cache(maxsize=100_000)
+def random_vector(*address, width):
+    """float64 (width,), uniform, of mean 0 and variance 1. By integers and single roundings alone: the same anywhere."""
+    return ((mix(WORD, *address, np.arange(width)) >> np.uint64(11)) * 2.0 ** -53 - 0.5) * math.sqrt(12)
+
+
+class Words:
+    """The built-in encoder: nothing to download, nothing trained. A word, or a sign of punctuation, is a random vector
+    found by its letters in lower case; to it is added another one, found by its place in the caption."""
+
+    name, width = "words", 256
+
+    def tokens(self, texts):
+        """[str] -> [[token]]; the end is the word of no letters."""
+        return [[*re.findall(r"\w+|[^\w\s]", text.lower()), ""] for text in texts]
+
+    def vectors(self, tokens):
+        """[[token]] -> [float16 (L, d)]"""
+        return [np.stack([random_vector(0, *word.encode(errors="replace"), width=self.width)
+                          + random_vector(1, place, width=self.width) for place, word in enumerate(words)])
+                .astype(np.float16) for words in tokens]
+
+
+class T5:
+    """The encoder half of a T5, as Hugging Face keeps it: a folder, or a name on its hub. Frozen, in bfloat16, in which
+    T5 was trained: it overflows in float16, while what comes out fits there with three more bits of mantissa."""
+
+    def __init__(self, name):
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+        except ImportError:
+            raise UserError(f"the encoder {name} needs a package: `{INSTALL_T5}`; the encoder words needs none")
+        self.name = os.path.abspath(name) if os.path.isdir(name) else name
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name)
+            net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16)
+        except Exception as e:                          # a missing package can look like anything
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            complete = all(importlib.util.find_spec(package) for package in ("sentencepiece", "google.protobuf"))
+            raise UserError(f"cannot load the T5 encoder {name} ({reason})" + (
+                "" if complete else f": its tokenizer may need `{INSTALL_T5}`"))
+        self.net, self.width = net.to(self.device).eval().requires_grad_(False), net.config.d_model
+
+    def tokens(self, texts):
+        end, found = self.tokenizer.eos_token_id, self.tokenizer(list(texts), verbose=False).input_ids
+        return [ids if ids and ids[-1] == end else [*ids, end] for ids in found]
+
+    @torch.no_grad()
+    def vectors(self, tokens):
+        ids = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.int64)        # 0 is T5's padding
+        mask = torch.zeros_like(ids)
+        for row, here, t in zip(ids, mask, tokens):
+            row[:len(t)], here[:len(t)] = torch.tensor(t), 1
+        h = self.net(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
+        return [v[:len(t)] for v, t in zip(h.to("cpu", torch.float16).numpy(), tokens)]
+
+
+def load_encoder(name):
+    return Words() if name == "words" else T5(name)
+
+
+def encode(encoder, texts):
+    """[str] -> [float16 (L, d)], L at most MAX_TOKENS. Batches are of like length, for the least padding."""
+    tokens = [t if len(t) <= MAX_TOKENS else [*t[:MAX_TOKENS - 1], t[-1]] for t in encoder.tokens(texts)]
+    order, rows = sorted(range(len(tokens)), key=lambda i: -len(tokens[i])), [None] * len(tokens)
+    while order:
+        n = max(1, 8192 // len(tokens[order[0]]))
+        for i, row in zip(order, encoder.vectors([tokens[i] for i in order[:n]])):
+            rows[i] = row
+        order = order[n:]
+    return rows
+
+
+def text_folder(folder, encoder):
+    """Where the features of a set lie. google/t5-v1_1-xxl and ~/models/t5-v1_1-xxl are taken to be the same."""
+    return os.path.join(folder, "text", os.path.basename(encoder.rstrip("/")) or "words")
+
+
+def encode_part(folder, captions, numbers, encoder):
+    """Write the features of the captions (lists of str) of these pictures, a range. What a killed one left is gone on
+    from, in chunks. Yields the pictures and the bytes done so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind, header, chunk = dict(descr="<f2", fortran_order=False), io.BytesIO(), 1000
+    np.lib.format.write_array_header_1_0(header, dict(kind, shape=(0, encoder.width)))
+    # three files grow, each chunk in this order, so that what `counts` knows of is there: tokens, the length of every
+    # caption, the captions of every picture
+    paths = [folder / f"{name}.part" for name in ("tokens.npy", "lengths", "counts", "encoder")]
+    if not paths[3].exists() or paths[3].read_text() != encoder.name:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        paths[3].write_text(encoder.name)
+    with contextlib.ExitStack() as stack:
+        tokens, lengths, counts = (stack.enter_context(open(path, "a+b")) for path in paths[:3])
+        for file in (tokens, lengths, counts):
+            file.seek(0)
+        if tokens.read(len(header.getvalue())) != header.getvalue():
+            tokens.truncate(0)
+            counts.truncate(0)
+            tokens.write(header.getvalue())
+            tokens.flush()
+        done = min(os.path.getsize(paths[2]) // 4, len(numbers)) // chunk * chunk
+        of = np.frombuffer(counts.read(4 * done), np.int32)
+        sizes = np.frombuffer(lengths.read(4 * int(of.sum())), np.int32)
+        start = len(header.getvalue()) + 2 * encoder.width * int(sizes.sum())
+        if len(sizes) < of.sum() or os.path.getsize(paths[0]) < start:  # the machine went down, not the program
+            raise UserError(f"{folder} is damaged: rm -r {folder}, and encode again")
+        for file, size in ((tokens, start), (lengths, sizes.nbytes), (counts, of.nbytes)):
+            file.truncate(size)
+        for first in range(done, len(numbers), chunk):
+            here = [captions[i] for i in numbers[first:first + chunk]]
+            rows = encode(encoder, [text for texts in here for text in texts])
+            more = [np.array(list(map(len, new)), np.int32) for new in (rows, here)]
+            sizes, of = np.append(sizes, more[0]), np.append(of, more[1])
+            for file, arrays in ((tokens, rows), (lengths, more[:1]), (counts, more[1:])):
+                file.writelines(array.tobytes() for array in arrays)
+                file.flush()
+            yield len(of), 2 * encoder.width * int(sizes.sum())
+        null = encode(encoder, [""])[0]
+        tokens.write(null.tobytes())
+    with open(paths[0], "r+b") as f:                    # numpy pads headers, so that T may grow
+        T = int(sizes.sum()) + len(null)
+        np.lib.format.write_array_header_1_0(f, dict(kind, shape=(T, encoder.width)))
+        os.fsync(f.fileno())
+    os.replace(paths[0], folder / "tokens.npy")
+    for name, steps in (("offsets", [*sizes, len(null)]), ("caption_of", of)):
+        ends = np.concatenate([[0], np.cumsum(steps)]).astype(np.int64)
+        write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
+    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes), tokens=T)
+    write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
+    for path in paths[1:]:
+        path.unlink()
+
+
+def encode_set(pictures, encoder, limit=None):
+    """Write the text features of a set, or of its first `limit` pictures. True if that was done now, False if it had
+    been before."""
+    folder, n = Path(text_folder(pictures.folder, encoder.name)), min(limit or len(pictures), len(pictures))
+    if meta := read_meta(folder, FEATURES):
+        if (meta["n"], meta["encoder"]) != (n, encoder.name):
+            raise UserError(f"{folder} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to encode "
+                            f"anew: rm -r {folder}")
+        return False
+    started, first = time.time(), None
+    with tqdm(total=n, unit="picture", desc=f"captions by {encoder.name}", disable=None) as bar:
+        for done, size in encode_part(folder, pictures.captions, range(n), encoder):
+            bar.update(done - bar.n)
+            if first is None:                           # an estimate, before the hours begin
+                first = done
+                need, hours = size * (n - done) // done, (time.time() - started) * (n - done) / min(done, 1000) / 3600
+                if need > 1e9 or hours > 0.1:
+                    bar.write(f"{folder}: {need:,} bytes and about {hours:.1f} hours to go")
+                if need > (free := shutil.disk_usage(folder).free):
+                    raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try --limit, "
+                                    "or a narrower encoder")
+    return True
+
+
+class Features:
+    """The text features of a set: encoder (its name), width d, n (pictures that have some), and null, float16 (L, d),
+    the empty caption."""
+
+    def __init__(self, folder):
+        meta = read_meta(folder, FEATURES)
+        self.folder = folder
+        try:
+            self.encoder, self.width, self.n = meta["encoder"], meta["width"], meta["n"]
+            self.tokens, self.offsets, self.caption_of = (np.load(os.path.join(folder, f"{file}.npy"), mmap_mode="r")
+                                                          for file in ("tokens", "offsets", "caption_of"))
+            if (self.tokens.shape != (self.offsets[-1], self.width) or len(self.caption_of) != self.n + 1
+                    or self.caption_of[-1] != len(self.offsets) - 2):
+                raise ValueError("its files do not fit each other")
+        except Exception as e:                          # numpy raises half a dozen kinds
+            raise UserError(f"{folder} is damaged ({e}): rm -r {folder}, and encode again")
+        self.null = self.row(len(self.offsets) - 2)
+
+    def __reduce__(self):                               # as of Pictures
+        return Features, (self.folder,)
+
+    def row(self, caption):
+        """float16 (L, d): the tokens of one caption."""
+        return np.array(self.tokens[self.offsets[caption]:self.offsets[caption + 1]])
+
+    def rows(self, index, draw):
+        """Of each picture one of its captions, which one by a random number: index, draw (B,) -> [float16 (L, d)]."""
+        first, end = self.caption_of[index], self.caption_of[index + 1]
+        return [self.row(m) for m in first + (draw % (end - first).astype(np.uint64)).astype(np.int64)]
+
+
+def pad(rows):
+    """[float16 (L_i, d)] -> float16 (B, L, d), 0 beyond each text, and mask (B, L), True where it has a token. L is the
+    longest, rounded up to a multiple of 8: few shapes, which suits hardware and compilers."""
+    L = max(map(len, rows)) + 7 & ~7
+    features, mask = torch.zeros(len(rows), L, rows[0].shape[1], dtype=torch.float16), torch.zeros(len(rows), L)
+    for i, row in enumerate(rows):
+        features[i, :len(row)], mask[i, :len(row)] = torch.as_tensor(row), 1
+    return features, mask.bool()
+
+
+def null_like(cond, null):
+    """The null condition in the shape of a batch's: null is the null class, or the features (L, d) of the empty caption,
+    which is no longer than any batch is padded to; cond (), (y,) or (features, mask)."""
+    if len(cond) < 2:
+        return tuple(torch.full_like(y, null) for y in cond)
+    features, mask = (torch.zeros_like(c) for c in cond)
+    features[:, :len(null)], mask[:, :len(null)] = torch.as_tensor(null).to(features), True
+    return features, mask
+
+
+def captioned_name(name):
+    """The set that --cond text learns from: shapes have one of their own, with up to two objects."""
+    return f"{name}-text" if name in ("shapes", "shapes64") else name
+
+
+def find_encoder(name, data_dir, asked):
+    """--encoder -> (full name, width) of an encoder whose features a set has or, as drawn sets with words, can have at
+    once. UserError, listing what there is, otherwise."""
+    folder = set_folder(name, data_dir)
+    there = {path.parent.name: read_meta(path.parent, FEATURES) for path in sorted(Path(folder, "text").glob("*/meta.json"))}
+    source = BUILT_IN.get(name, OWN)["source"]
+    if not asked and source in (captions_source, emoji_source):
+        asked = "words"
+    if not asked and len(there) == 1:
+        asked = list(there)[0]
+    known = there.get(os.path.basename(text_folder(folder, asked))) if asked else None
+    if known:
+        return known["encoder"], known["width"]
+    if asked == "words":
+        return Words.name, Words.width
+    have = f"there are {', '.join(there)}" if there else "it has none"
+    what = f"{name} has no text features by {asked}" if asked else f"which text features of {name}? Name their --encoder"
+    where = "" if data_dir == "datasets" else f" --data-dir {data_dir}"
+    raise UserError(f"{what}; {have}. `python data.py encode {name} --encoder {asked or 'words'}{where}` makes some")
+
+
 # ---- batches -------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=2)                         # a batch can lie across the end of an epoch
@@ -1278,23 +1715,25 @@ def permutation(seed, epoch, n):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batches[step] -> x uint8 (B, 3, S, S), y int64 (B,), all 0 in a set without classes.
+    """Batches[step] -> x uint8 (B, 3, S, S), y int64 (B,), all 0 in a set without classes. With text features, those in
+    place of y, padded as `pad` does: float16 (B, L, d), mask (B, L). Only pictures that have features come then.
 
     batch: size of the global batch; rows: those of its rows that this process takes; flip: mirror
     half the pictures. Sample number k = step * batch + row, and all about it follows from (seed, k):
     it is the same at any number of workers and processes, and after any resume."""
 
-    def __init__(self, pictures, batch, rows, seed, flip):
-        self.pictures, self.batch, self.seed, self.flip = pictures, batch, seed, flip
+    def __init__(self, pictures, batch, rows, seed, flip, features=None):
+        self.pictures, self.batch, self.seed, self.flip, self.features = pictures, batch, seed, flip, features
+        self.n = features.n if features else len(pictures)
         self.rows = np.array(rows, np.int64)
 
     def __getitem__(self, step):
         k = step * self.batch + self.rows
-        epoch, place = np.divmod(k, len(self.pictures))
+        epoch, place = np.divmod(k, self.n)
         index = np.empty_like(k)
         for e in np.unique(epoch):
             here = epoch == e
-            index[here] = permutation(self.seed, int(e), len(self.pictures))[place[here]]
+            index[here] = permutation(self.seed, int(e), self.n)[place[here]]
 
         order = np.argsort(index)                       # the disk is read in one direction
         taken, index[order] = self.pictures.take(index[order])
@@ -1303,6 +1742,8 @@ class Batches(torch.utils.data.Dataset):
         if self.flip:
             mirrored = mix(self.seed, k, MIRROR) % np.uint64(2) == 1
             x[mirrored] = x[mirrored, ..., ::-1]
+        if self.features:
+            return torch.from_numpy(x), *pad(self.features.rows(index, mix(self.seed, k, CAPTION)))
         y = np.zeros_like(k) if self.pictures.labels is None else self.pictures.labels[index]
         return torch.from_numpy(x), torch.from_numpy(y)
 
@@ -1316,15 +1757,15 @@ def open_or_prepare(name, data_dir):
     return open_set(name, data_dir)
 
 
-def captioned(image, text):
-    """uint8 (3, S, S) -> (3, H, W), 128 pixels or more wide, with two lines of text below."""
+def captioned(image, text, lines=2):
+    """uint8 (3, S, S) -> (3, H, W), 128 pixels or more wide, with lines of text below."""
     scale = max(1, 128 // image.shape[-1])
     image = image.repeat(scale, axis=1).repeat(scale, axis=2)
     W, H = max(128, image.shape[2]), image.shape[1]
-    cell = Image.new("RGB", (W, H + 28), "white")
+    cell = Image.new("RGB", (W, H + 14 * lines), "white")
     cell.paste(Image.fromarray(image.transpose(1, 2, 0)))
-    lines = textwrap.wrap(text.encode("ascii", "replace").decode(), W // 6)[:2]
-    ImageDraw.Draw(cell).text((1, H + 1), "\n".join(lines), "black", ImageFont.load_default())
+    wrapped = textwrap.wrap(text.encode("ascii", "replace").decode(), W // 6)[:lines]
+    ImageDraw.Draw(cell).text((1, H + 1), "\n".join(wrapped), "black", ImageFont.load_default())
     return np.asarray(cell).transpose(2, 0, 1)
 
 
@@ -1378,6 +1819,20 @@ def export(name, data_dir, out, limit):
     print(f"{out}: {n:,} PNGs, and images.npz with {1 if pictures.labels is None else 2} array(s)")
 
 
+def encode_command(name, data_dir, encoder, limit):
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}")
+    pictures = open_or_prepare(captioned_name(name), data_dir)
+    if pictures.captions is None:
+        raise UserError(f"{name} has no captions to encode")
+    folder = text_folder(pictures.folder, encoder)
+    if not encode_set(pictures, load_encoder(encoder), limit):
+        return print(f"{folder} is there already: nothing to do")
+    meta, size = read_meta(folder, FEATURES), os.path.getsize(os.path.join(folder, "tokens.npy"))
+    print(f"{folder}: {meta['captions']:,} captions of {meta['n']:,} pictures, {meta['tokens']:,} tokens, "
+          f"{size:,} bytes")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} ({' '.join(self.format_usage().split())})")
@@ -1408,6 +1863,9 @@ def parse(argv):
     p = command("export", "write single PNGs and an .npz")
     p.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder")
     p.add_argument("--limit", metavar="N", type=int, help="only the first N")
+    p = command("encode", "compute text features of its captions")
+    p.add_argument("--encoder", metavar="NAME", required=True, help="words, or a T5: a folder, or a name on the hub")
+    p.add_argument("--limit", metavar="N", type=int, help="only of the first N pictures")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[args.command].error(f"there is no {' '.join(unknown)}")
@@ -1418,6 +1876,8 @@ def main():
     args = parse(sys.argv[1:])
     if args.command == "show":
         show(args.name, args.data_dir, args.out)
+    elif args.command == "encode":
+        encode_command(args.name, args.data_dir, args.encoder, args.limit)
     elif args.command == "export":
         export(args.name, args.data_dir, args.out, args.limit)
     elif not prepare(args.name, args.data_dir, args.src, args.size, args.limit, args.crop, args.classes):

@@ -3,12 +3,16 @@
     python sample.py                                     the newest run, 64 pictures, one sheet
     python sample.py --ckpt runs/mine/ckpt.pt --n 480 --score
     python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of single PNGs
+    python sample.py --prompt "a small red circle above a large blue square" "a large green cross on the left"
+    python sample.py --prompt @prompts.txt --cfg 1,2,4   prompts from a file, one a line; a row for each guidance scale
     python sample.py --ckpt cifar10_uvit_small.pth       weights that U-ViT's or ADM's authors have published
     torchrun --nproc_per_node=8 -- sample.py --n 50000 --npz samples/50k.npz
 
 From a notebook: `from sample import load; net, config = load("ckpt.pt")`, then the samplers of diffusion.py.
 """
 import argparse
+import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -29,6 +33,7 @@ from unet import UNet
 from uvit import UViT
 
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
+SCORED = ("shapes", "shapes64", "shapes-text", "shapes64-text")         # sets that data.py can read back
 
 # what to do with weights of other people, by a name that they hold
 PUBLISHED = {"in_blocks.0.norm1.weight": ("uvit", uvit.published), "input_blocks.0.0.weight": ("unet", unet.published)}
@@ -44,7 +49,10 @@ def read(path, weights="ema"):
     whole = data.read_dict(path)
     if "config" in whole:
         try:
-            return {"clock": "plain", **whole["config"]}, whole["ema" if weights == "ema" else "model"]
+            config = {"clock": "plain", **whole["config"]}
+            if config["cond"] == "text":
+                config["text"] = {key: whole["text"][key] for key in ("encoder", "null", "captions", "rows")}
+            return config, whole["ema" if weights == "ema" else "model"]
         except (KeyError, TypeError) as e:
             raise data.UserError(f"{path} does not fit this code: {e!r}")
     model, published = next((known for name, known in PUBLISHED.items() if name in whole), (None, None))
@@ -70,7 +78,9 @@ def load(path, weights="ema", device="cpu"):
     """A checkpoint of train.py, or a published file of U-ViT or ADM -> (network in eval mode, its config as a dict).
 
     The network is the plain one, except that calling it sets its clock (diffusion.on_clock): t is that of diffusion.py
-    also for networks that were trained elsewhere, and there is nothing to remember. weights: 'ema' or 'raw'."""
+    also for networks that were trained elsewhere, and there is nothing to remember. weights: 'ema' or 'raw'. The
+    config of a text-conditional one also holds `text`: the encoder's name, the features `null` of the empty caption, and
+    the captions and features (`rows`) of the training grid."""
     config, state = read(path, weights)
     try:
         info = config["info"]
@@ -94,13 +104,17 @@ def parse(argv):
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = lambda message: fail(f"{message} (python sample.py --help lists all flags)")
     p.add_argument("--ckpt", help="default: the newest in runs/")
-    p.add_argument("--n", type=int, default=64, help="how many pictures")
+    p.add_argument("--n", type=int, help="how many pictures; default: 64, 8 a scale of several, whole rounds of --prompt")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time")
     p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
     p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
-    p.add_argument("--cfg", type=float, help="classifier-free guidance scale, 1 is none; default: the run's own")
+    p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
+                   "default: the run's own")
     p.add_argument("--clip", choices=["none", "static", "dynamic"], help="limits on pictures; default: the run's own")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
+    p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
+                   "one a line; default: the captions of the training's grid")
+    p.add_argument("--attend", metavar="WORD", help="show beside each picture where this word of the prompts was read")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
     p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8 and arr_1, the classes, for FID tools")
@@ -112,8 +126,14 @@ def parse(argv):
     for name in ("n", "batch", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.cfg is not None and not np.isfinite(args.cfg):
+    try:
+        args.cfg = args.cfg and [float(scale) for scale in args.cfg.split(",")]
+    except ValueError:
+        fail(f"--cfg takes a float, or several like 1,2,4, not {args.cfg!r}")
+    if not np.isfinite(args.cfg or 0).all():
         fail(f"--cfg must be a finite number, not {args.cfg}")
+    if args.cfg and len(args.cfg) > 1 and (args.npz or Path(args.out).suffix != ".png"):
+        fail("several scales of --cfg are rows of a sheet: --out is a .png then, and there is no --npz")
     if args.seed < 0:
         fail("--seed must not be negative")
     return args
@@ -128,7 +148,7 @@ def classes_of(args, config):
     names = config["info"]["classes"]
     if config["cond"] != "class":
         if args.classes:
-            fail("this model is unconditional: it takes no --classes")
+            fail("this model is not conditional on classes: it takes no --classes")
         return None
     try:
         asked = [int(c) for c in args.classes.split(",")] if args.classes else range(len(names))
@@ -137,6 +157,124 @@ def classes_of(args, config):
     if any(not 0 <= c < len(names) for c in asked):
         fail(f"--classes must lie in 0..{len(names) - 1}: " + ", ".join(f"{i} {name}" for i, name in enumerate(names[:30])))
     return torch.tensor([asked[i % len(asked)] for i in range(args.n)])
+
+
+def prompts_of(args, config):
+    """The prompts asked for, [str], none of which need differ; None for a model that takes none."""
+    if config["cond"] != "text":
+        if args.prompt or args.attend:
+            fail(f"this model is not conditional on text: it takes no --{'prompt' if args.prompt else 'attend'}")
+        return None
+    prompts = []
+    for prompt in args.prompt or config["text"]["captions"]:
+        if args.prompt and prompt.startswith("@"):
+            try:
+                lines = Path(prompt[1:]).read_text(encoding="utf-8", errors="replace").splitlines()
+            except OSError as e:
+                fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
+            prompts += [line.strip() for line in lines if line.strip()]
+        else:
+            prompts.append(prompt)
+    if not prompts:
+        fail("--prompt: the file holds no prompts")
+    return prompts
+
+
+def features_of(prompts, text, encoder):
+    """[float16 (L, d)] of the prompts, by the encoder that the network was trained with; encoder() loads it."""
+    known = dict(zip(text["captions"], text["rows"]))                   # those need none
+    if all(prompt in known for prompt in prompts):
+        return [known[prompt] for prompt in prompts]
+    for prompt, tokens in zip(prompts, encoder().tokens(prompts)):
+        if len(tokens) > data.MAX_TOKENS:
+            print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
+    rows = data.encode(encoder(), prompts)
+    if rows[0].shape[1] != text["null"].shape[1]:
+        fail(f"the encoder {text['encoder']} is {rows[0].shape[1]} wide, and the network learned from one of "
+             f"{text['null'].shape[1]}: it is another one by now")
+    return rows
+
+
+# ---- where the network looks --------------------------------------------------------------------------
+
+class Attention:
+    """While it is open, sums up how much each place of the pictures reads tokens that are marked, over all
+    cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as it is: hooks watch what
+    goes into its cross-attentions, and compute their softmax once more."""
+
+    def __init__(self, net, marked, size):                              # marked (B, L) bool
+        self.maps, self.marked, self.size = torch.zeros(len(marked), size, size), marked, size
+        self.hooks = [m.register_forward_hook(self.watch) for m in net.modules() if type(m).__name__ == "CrossAttention"]
+        if not self.hooks:
+            fail("--attend shows cross-attention, and this network has none: it reads text in some other way")
+
+    def watch(self, m, inputs, output):
+        B = len(self.marked)
+        x, text, mask = (part[:B] for part in inputs)                   # guidance's other half reads nothing
+        q, k = m.q(x), m.kv(text).chunk(2, dim=-1)[0]                   # (B, N, D), (B, L, D)
+        q, k = (part.float().unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in (q, k))
+        scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
+        side = int(scores.shape[2] ** 0.5)                              # of the last N: time and classes stand before
+        read = (scores.softmax(-1) * self.marked[:, None, None].to(scores)).sum(-1).mean(1)[:, -side * side:]
+        read = read.view(B, 1, side, side).cpu()
+        self.maps += torch.nn.functional.interpolate(read, (self.size, self.size), mode="bilinear")[:, 0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def mark(word, prompts, encoder):
+    """bool (B, L): the tokens of the prompts that belong to the word, which may be several in a row."""
+    sought, rows = encoder.tokens([word])[0][:-1], encoder.tokens(prompts)
+    marked = torch.zeros(len(rows), max(map(len, rows)) + 7 & ~7, dtype=torch.bool)[:, :data.MAX_TOKENS]
+    for i, tokens in enumerate(rows):
+        for j in range(min(len(tokens), data.MAX_TOKENS) - len(sought)):
+            if sought and tokens[j:j + len(sought)] == sought:
+                marked[i, j:j + len(sought)] = True
+    if not marked.any():
+        fail(f"--attend {word}: no prompt has this word; the first is {prompts[0][:80]!r}")
+    return marked
+
+
+def highlight(pictures, maps):
+    """uint8 (N, 3, S, S), maps (N, S, S) -> the pictures in grey, in orange where their map is high."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    heat = ((maps - low) / (high - low).clamp(min=1e-9))[:, None].numpy()           # (N, 1, S, S) in [0, 1]
+    grey = 0.5 * pictures.mean(1, keepdims=True)
+    return (grey + heat * (np.array([255, 140, 0]).reshape(3, 1, 1) - grey)).round().astype(np.uint8)
+
+
+# ---- the command --------------------------------------------------------------------------------------
+
+def sheet_of(pictures, args, labels):
+    """One PIL picture: a row for each guidance scale, else about a square, or a column for each prompt; labels (n,)."""
+    scales, columns = args.cfg, min(16, max(1, round(len(pictures) ** 0.5)))
+    if len(scales) > 1:
+        columns, labels = args.n, [f"{scale:g}: {label}" for scale in scales for label in labels or [""] * args.n]
+    elif args.prompt and 1 < len(set(labels)) <= 16:
+        columns = len(set(labels))
+    pictures = pictures[:1024]                                          # more would be no picture to look at
+    if labels:
+        pictures = np.stack([data.captioned(picture, label, lines=3) for picture, label in zip(pictures, labels)])
+    return data.grid(pictures, columns, gap=6 if labels else 2)
+
+
+def tell_score(pictures, y, prompts, kinds, how):
+    """Print how many pictures show what was asked, by class or by prompt; those by kind, if there are kinds."""
+    if y is not None:
+        score = data.score_shapes(pictures, y.numpy())
+        print(f"of {len(y)} pictures, {score['both']:.1f}% show the asked shape and colour "
+              f"(shape {score['shape']:.1f}%, colour {score['colour']:.1f}%); {how}")
+        return
+    for kind in dict.fromkeys(kinds):
+        chosen = [i for i, k in enumerate(kinds) if k == kind]
+        score = data.score_captions(pictures[chosen], [prompts[i] for i in chosen])
+        parts = ", ".join(f"{key} {value:.1f}%" for key, value in score.items() if key not in ("n", "all"))
+        print(f"{kind}: of {score['n']} pictures, {score['all']:.1f}% show all that was asked ({parts}); {how}")
 
 
 def main():
@@ -150,17 +288,34 @@ def main():
         dist.init_process_group("gloo")                                 # only finished pictures travel
     path = args.ckpt or newest_run()
     net, config = load(path, args.weights, device)
-    if args.score and not (config["data"] in ("shapes", "shapes64") and config["cond"] == "class"):
-        fail(f"--score reads the pictures of class-conditional models of shapes; this one is of {config['data']}, "
+    if args.score and not (config["data"] in SCORED and config["cond"] != "none"):
+        fail(f"--score reads the pictures of conditional models of shapes; this one is of {config['data']}, "
              f"condition {config['cond']}")
-    if args.cfg not in (None, 1) and (config["cond"] == "none" or config["drop"] == 0):
+    if args.cfg not in (None, [1]) and (config["cond"] == "none" or config["drop"] == 0):
         fail("--cfg needs a model trained with and without its condition; this one was not"
              + ("; `python train.py --init-from` trains it so" if config["cond"] != "none" else ""))
-    for name, key in dict(sampler="sampler", steps="sample_steps", cfg="cfg", clip="clip").items():
+    args.cfg = args.cfg or [config["cfg"]]
+    for name, key in dict(sampler="sampler", steps="sample_steps").items():
         if getattr(args, name) is None:
             setattr(args, name, config[key])
-    y, size = classes_of(args, config), config["info"]["size"]
-    schedule = diffusion.SCHEDULES[config["schedule"]]
+
+    # what is to be seen: image i shows prompt, or class, i mod their number
+    prompts, kinds, size = prompts_of(args, config), None, config["info"]["size"]
+    if args.n is None:
+        args.n = 8 if len(args.cfg) > 1 else 64
+        if args.prompt:
+            args.n = max(1, args.n // max(8, len(prompts))) * len(prompts)
+    y, schedule = classes_of(args, config), diffusion.SCHEDULES[config["schedule"]]
+    if prompts:
+        if args.score and not args.prompt:
+            prompts, kinds = data.asked_scenes(args.n)                  # whose pictures no training has seen
+        encoder = functools.cache(lambda: data.load_encoder(config["text"]["encoder"]))
+        rows = features_of(prompts, config["text"], encoder)
+        marked = mark(args.attend, prompts, encoder()) if args.attend else None
+        which = [i % len(prompts) for i in range(args.n)]
+        prompts, rows = [prompts[i] for i in which], [rows[i] for i in which]
+        if args.score:
+            data.score_captions([], prompts)                            # can they be scored?
     out = Path(args.out)
     try:                                                                # now, not after an hour of drawing
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
@@ -175,19 +330,30 @@ def main():
         dist.barrier()                                                  # all have looked, before one writes
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
-    blocks = range(0, args.n, args.batch)
+    blocks = [(scale, first) for scale in args.cfg for first in range(0, args.n, args.batch)]
     drawn = {}
     with diffusion.autocast(device, args.dtype):
-        for first in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
+        for scale, first in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             ids = range(first, min(first + args.batch, args.n))
-            cond = () if y is None else (y[first:ids.stop].to(device),)
-            null = tuple(torch.full_like(c, len(config["info"]["classes"])) for c in cond)
+            cond, null = () if y is None else (y[first:ids.stop].to(device),), len(config["info"]["classes"])
+            if prompts:
+                features, mask = data.pad(rows[first:ids.stop])
+                cond, null = (features.to(device).float(), mask.to(device)), config["text"]["null"]
             noise = diffusion.ImageNoise(data.image_seeds(args.seed, ids), (3, size, size), device)
-            denoise = diffusion.denoiser(net, schedule, config["prediction"], cond, null, args.cfg, args.clip)
-            x = diffusion.sample(denoise, noise, schedule, args.sampler, args.steps)
-            drawn[first] = data.to_uint8(x).cpu().numpy()
+            clip = args.clip or ("dynamic" if prompts and scale > 2 and config["clip"] == "static" else config["clip"])
+            null = data.null_like(cond, null)
+            denoise = diffusion.denoiser(net, schedule, config["prediction"], cond, null, scale, clip)
+            look = contextlib.nullcontext()
+            if args.attend:
+                look = Attention(net, marked[which[first:ids.stop], :cond[1].shape[1]].to(device), size)
+            with look:
+                x = diffusion.sample(denoise, noise, schedule, args.sampler, args.steps)
+            drawn[scale, first] = data.to_uint8(x).cpu().numpy()
+            if args.attend:                                             # beside each picture where it was looked
+                shown = highlight(drawn[scale, first], look.maps)
+                drawn[scale, first] = np.concatenate([drawn[scale, first], shown], axis=3)
             if out.suffix != ".png":
-                for i, picture in zip(ids, drawn[first]):
+                for i, picture in zip(ids, drawn[scale, first]):
                     Image.fromarray(picture.transpose(1, 2, 0)).save(out / f"{i:06d}.png")
     if world > 1:
         parts = [None] * world if rank == 0 else None
@@ -195,21 +361,20 @@ def main():
         dist.destroy_process_group()
         if rank > 0:
             return
-        drawn = {first: block for part in parts for first, block in part.items()}
-    pictures = np.concatenate([drawn[first] for first in blocks])      # (n, 3, S, S) uint8
+        drawn = {block: pictures for part in parts for block, pictures in part.items()}
+    pictures = np.concatenate([drawn[block] for block in blocks])      # (scales * n, 3, S, S) uint8; 2 S wide to attend
 
     if out.suffix == ".png":
-        columns = min(16, max(1, round(args.n ** 0.5)))
-        sheet = data.grid(pictures[:1024], columns)                     # more would be no picture to look at
+        names = [config["info"]["classes"][c] for c in y] if y is not None and len(args.cfg) > 1 else None
+        sheet = sheet_of(pictures, args, prompts or names)
         data.write_file(out, lambda f: sheet.save(f, "png"))
     if args.npz:
-        labels = {} if y is None else dict(arr_1=y.numpy())
-        data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures.transpose(0, 2, 3, 1), **labels))
-    print(f"{args.n} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
-    if args.score:
-        score = data.score_shapes(pictures, y.numpy())
-        print(f"of {args.n} pictures, {score['both']:.1f}% show the asked shape and colour "
-              f"(shape {score['shape']:.1f}%, colour {score['colour']:.1f}%); {args.sampler} {args.steps}, guidance {args.cfg}")
+        asked = dict(arr_1=np.array(prompts)) if prompts else {} if y is None else dict(arr_1=y.numpy())
+        data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **asked))
+    print(f"{len(pictures)} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
+    for i, scale in enumerate(args.cfg if args.score else []):
+        these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
+        tell_score(these, y, prompts, kinds or ["as asked"] * args.n, f"{args.sampler} {args.steps}, guidance {scale:g}")
 
 
 if __name__ == "__main__":

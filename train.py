@@ -53,6 +53,7 @@ class Config:
     model: str = "unet"             # unet, uvit, iuvit, ascend
     data: str = "shapes"            # a built-in set, or a prepared one: see data.py
     cond: str = "none"              # none, class, text
+    encoder: str = ""               # of the text: words, or a T5 encoded by data.py; default: see data.find_encoder
     net: dict = dataclasses.field(default_factory=dict)     # the network's constructor arguments, as JSON
     # diffusion
     schedule: str = "linear"        # linear, cosine
@@ -115,6 +116,8 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               steps=5000, batch=16, lr=2e-3, warmup=100, beta2=0.99, ema=0.999, samples=24, cfg=3.0,
               sample_every=500, save_every=500)
 
+LAPTOP_TEXT = dict(LAPTOP, cond="text", clip="dynamic")   # the set shapes-text, by words: one or two objects and where
+
 # Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
 SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, samples=32, cfg=1.0,
                sample_every=1000)
@@ -128,6 +131,12 @@ PRESETS = {
     "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=dict(patch_size=4, dim=192, depth=7, heads=3)),
     "ascend-shapes":  dict(LAPTOP, model="ascend", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, dropout=0.0)),
+
+    "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", net=dict(
+        dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, resample="conv", dropout=0.0,
+        text_dim=256)),
+    "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", net=dict(
+        patch_size=4, dim=192, depth=7, heads=3, text_dim=256)),
 
     "unet-emoji64":   dict(SMALL64, model="unet", net=dict(
         dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, resample="conv",
@@ -258,14 +267,23 @@ def parse(argv):
     classes = data.describe(config.data, config.data_dir)["classes"]
     if "cond" not in asked and config.data != row["data"]:
         config.cond = "class" if classes else "none"    # the row was made for another set
-    if config.cond != "text":
+    if config.cond == "text":
+        config.net.setdefault("text_dim", 1024)         # the paper's table; a run has what its features have
+        if not data.BUILT_IN.get(data.captioned_name(config.data), {}).get("captions", True):
+            error(f"{config.data} has no captions: use --cond {'class' if classes else 'none'}")
+        if config.cfg > 2 and not {"clip"} & {*row, *asked}:
+            config.clip = "dynamic"                     # strong guidance saturates
+    elif config.encoder:
+        error("--encoder is for --cond text")
+    else:
         config.net.pop("text_dim", None)
     if config.cond == "class" and not classes:
         error(f"{config.data} has no classes: use --cond none")
     if config.drop == 0 and config.cond != "none" and config.cfg != 1:
         error("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
     own = config.data == row["data"] and config.model == row["model"]
-    config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}"
+    text = "-text" if config.cond == "text" and row.get("cond") != "text" else ""       # beside a run of the same set
+    config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{text}"
 
     # is it sensible
     for field in dataclasses.fields(Config):
@@ -290,7 +308,8 @@ def nearest_preset(asked):
     if fits:
         return next((p for p in fits if rows[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
     size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
-    return min(rows, key=lambda p: abs(math.log(data.describe(rows[p]["data"], "")["size"] / size)))
+    return min(rows, key=lambda p: (abs(math.log(data.describe(rows[p]["data"], "")["size"] / size)),
+                                    rows[p].get("cond") != "text" and asked.get("cond") == "text"))
 
 
 # ---- starting from weights -------------------------------------------------------------------------------
@@ -411,7 +430,7 @@ def open_run(config, info, fresh, main_rank):
     ckpt = None
     if (out / "ckpt.pt").exists() and not (fresh and not main_rank):
         ckpt = data.read_checkpoint(out / "ckpt.pt")
-        old = flat(ckpt["config"])
+        old = flat({**dataclasses.asdict(Config()), **ckpt["config"]})      # what it does not know was as the defaults are
         changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                    if k not in FREE and old.get(k) != v]
         if changed:
@@ -434,12 +453,26 @@ def keep_log(path, step):
         data.write_file(path, lambda f: f.write("".join(line + "\n" for line in [head, *kept]).encode()))
 
 
+def grid_text(pictures, features, n):
+    """What a checkpoint keeps of the text, so that sampling needs neither set nor encoder: n captions from all over the
+    set for the sample grids, their features and those of the empty caption, float16 (L, d) each."""
+    chosen = [i % features.n for i in (data.spread(range(features.n), n) if n < features.n else range(n))]
+    return dict(encoder=features.encoder, width=features.width, null=torch.from_numpy(features.null),
+                captions=[pictures.captions[i][0] for i in chosen],
+                rows=[torch.from_numpy(features.row(features.caption_of[i])) for i in chosen])
+
+
 @torch.no_grad()
-def draw_samples(net, config, info, device, precision):
-    """Pictures from the same noise and the same classes every time, uint8 (config.samples, 3, S, S)."""
+def draw_samples(net, config, info, text, device, precision):
+    """Pictures from the same noise and the same classes or captions every time, uint8 (config.samples, 3, S, S)."""
     n, classes = config.samples, len(info["classes"])
-    cond = (torch.arange(n, device=device) % classes,) if config.cond == "class" else ()
-    null = tuple(torch.full_like(y, classes) for y in cond)
+    cond, null = (), classes
+    if config.cond == "class":
+        cond = (torch.arange(n, device=device) % classes,)
+    elif config.cond == "text":
+        features, mask = data.pad(text["rows"])
+        cond, null = (features.to(device).float(), mask.to(device)), text["null"]
+    null = data.null_like(cond, null)
     noise = diffusion.ImageNoise(data.image_seeds(config.seed, range(n)), (3, info["size"], info["size"]), device)
     schedule = diffusion.SCHEDULES[config.schedule]
     denoise = diffusion.denoiser(net, schedule, config.prediction, cond, null, config.cfg, config.clip)
@@ -469,7 +502,15 @@ def draw_progress(folder, size, rows=12):
 
 def main():
     config, fresh, dry_run = parse(sys.argv[1:])
-    info = data.describe(config.data, config.data_dir)
+    source = data.captioned_name(config.data) if config.cond == "text" else config.data
+    info = data.describe(source, config.data_dir)
+    if config.cond == "text" and not dry_run:
+        config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder)
+        preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
+        if config.net["text_dim"] not in (width, preset):
+            error(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
+                  "wide: leave it out")
+        config.net["text_dim"] = width
     params, flops = measure(config, info)
     if dry_run:
         print(json.dumps(dict(dataclasses.asdict(config), params=params, gflops=round(flops / 1e9, 3))))
@@ -495,12 +536,17 @@ def main():
     precision = diffusion.autocast(device, config.dtype)
 
     # data: rank 0 prepares a built-in set on first use, the others wait
-    if main_rank and config.data in data.BUILT_IN:
-        data.prepare(config.data, config.data_dir)
+    if main_rank and source in data.BUILT_IN:
+        data.prepare(source, config.data_dir)
+    if main_rank and config.encoder == "words":                     # others were there, or find_encoder had complained
+        data.encode_set(data.open_set(source, config.data_dir), data.Words())
     if world > 1:
         dist.barrier(patient)
-    pictures = data.open_set(config.data, config.data_dir)
+    pictures, features, text = data.open_set(source, config.data_dir), None, None
     info["fingerprint"] = pictures.fingerprint                      # a set made anew is not the one a run began with
+    if config.cond == "text":
+        features = data.Features(data.text_folder(pictures.folder, config.encoder))
+        text = grid_text(pictures, features, config.samples)
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
     torch.manual_seed(config.seed)
@@ -511,7 +557,7 @@ def main():
     opt = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay, fused=True)
     schedule = diffusion.SCHEDULES[config.schedule]
-    null_class = len(info["classes"])
+    null = text["null"].to(device) if text else len(info["classes"])
 
     # resume
     ckpt = open_run(config, info, fresh, main_rank)
@@ -541,8 +587,8 @@ def main():
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
         if origin:
             print(origin)
-        text = json.dumps(config.record(info), indent=1)
-        data.write_file(out / "config.json", lambda f: f.write(text.encode()))
+        record = json.dumps(config.record(info), indent=1)
+        data.write_file(out / "config.json", lambda f: f.write(record.encode()))
         keep_log(out / "log.csv", start)
 
     if config.grad_ckpt:
@@ -566,13 +612,13 @@ def main():
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
     batches = iter(torch.utils.data.DataLoader(
-        data.Batches(pictures, config.batch, rows, config.seed, info["flip"]), sampler=range(start, config.steps),
+        data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features), sampler=range(start, config.steps),
         batch_size=None, num_workers=config.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))
 
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
             model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-            seconds=seconds + time.time() - clock, config=config.record(info)), f))
+            seconds=seconds + time.time() - clock, config=config.record(info), **(dict(text=text) if text else {})), f))
 
     def explain(kind, e, trace):                                    # of an unexpected error the last line says where
         if issubclass(kind, torch.OutOfMemoryError):
@@ -621,7 +667,7 @@ def main():
             save(step)
             saved = step
         if main_rank and step > start and (step % config.sample_every == 0 or step == config.steps):
-            sheet = data.grid(draw_samples(ema, config, info, device, precision), columns=8)
+            sheet = data.grid(draw_samples(ema, config, info, text, device, precision), columns=8)
             data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
             draw_progress(out / "samples", info["size"])
         paused += time.time() - pause
@@ -633,9 +679,14 @@ def main():
         t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
         eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
         dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
-        x0, y = next(batches)
-        x0 = x0.to(device, non_blocking=True).float().div_(127.5).sub_(1)               # (b, 3, S, S) in [-1, 1]
-        cond = (y.to(device, non_blocking=True).masked_fill(dropped, null_class),) if config.cond == "class" else ()
+        x0, *cond = (part.to(device, non_blocking=True) for part in next(batches))
+        x0 = x0.float().div_(127.5).sub_(1)                                              # (b, 3, S, S) in [-1, 1]
+        if config.cond == "none":
+            cond = []
+        elif config.cond == "text":
+            cond[0] = cond[0].float()                                                   # (b, L, d); cond[1] is the mask
+        cond = [torch.where(dropped.view(-1, *[1] * (c.dim() - 1)), empty, c)
+                for c, empty in zip(cond, data.null_like(cond, null))]
 
         for group in opt.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))

@@ -43,7 +43,7 @@ def test_six_packages_are_required():
 
 KNOWS = {**{name: {"math", "torch", "einops"} for name in BACKBONES},
          "diffusion": {*sys.stdlib_module_names, "torch"},
-         "data": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm", "lmdb"},       # lmdb: an extra
+         "data": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm", "lmdb", "transformers"},      # extras
          "sample": {*sys.stdlib_module_names, "torch", "numpy", "PIL", "tqdm", "data", "diffusion", *BACKBONES}}
 KNOWS["train"] = KNOWS["sample"] | {"sample"}           # for --init-from, which reads whatever sample.py draws from
 
@@ -114,6 +114,7 @@ def test_importing_a_script_runs_nothing(name, tmp_path):
 
 PARAMETERS = {
     "unet-shapes": 3_031_171, "uvit-shapes": 3_368_388, "iuvit-shapes": 3_508_743, "ascend-shapes": 3_464_147,
+    "unet-shapes-text": 3_415_491, "iuvit-shapes-text": 4_626_567,
     "unet-emoji64": 2_630_979, "uvit-emoji64": 7_717_508, "iuvit-emoji64": 7_966_131, "ascend-emoji64": 2_991_659,
     "unet-cifar10": 42_855_427, "unet-celeba64": 82_837_635,
     "unet-church256": 118_795_011, "unet-bedroom256": 118_795_011,

@@ -432,6 +432,7 @@ def test_net_changes_the_arguments_it_names_and_keeps_the_others():
 
 
 @pytest.mark.parametrize("argv, preset", [
+    ("--cond text", "unet-shapes-text"), ("--data shapes --cond class", "unet-shapes"),
     ("", "unet-shapes"), ("--model uvit", "uvit-shapes"), ("--model ascend --data cifar10", "ascend-cifar10"),
     ("--data emoji64 --model iuvit", "iuvit-emoji64"), ("--data shapes64", "unet-emoji64")])
 def test_without_preset_the_first_that_fits_or_that_of_the_nearest_size_is_taken(argv, preset):
@@ -516,8 +517,8 @@ def test_device_names_where_to_train(trained, monkeypatch):
 
 
 def test_no_field_of_the_config_is_without_a_test_of_its_flag():
-    elsewhere = {"preset", "model", "data", "out", "data_dir", "accum", "workers", "save_every", "compile", "device",
-                 "grad_ckpt", "timeout", "init_from"}                            # the last in test_published.py
+    elsewhere = {"preset", "model", "data", "encoder", "out", "data_dir", "accum", "workers", "save_every", "compile",
+                 "device", "grad_ckpt", "timeout", "init_from"}                 # the last in test_published.py
     assert elsewhere | set(EFFECTS) == {field.name for field in dataclasses.fields(train.Config)}
 
 

@@ -1,0 +1,404 @@
+"""Text to image, from a caption to a picture: captioned shapes and their scorer, encoders and their files, training,
+sampling."""
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sample
+import train
+from conftest import command, need, tiny
+
+COLOURS, SHAPES = "|".join(data.PALETTE), "|".join(data.SHAPES)
+
+
+def scenes(n, size=32, held_out=False, first=data.SHAPE_COUNT):
+    drawn = [data.draw_scene(first + i, held_out) for i in range(n)]
+    return np.stack([data.paint(grey, objects, size) for grey, objects, _ in drawn]), [caption for *_, caption in drawn]
+
+
+# ---- captioned shapes ----------------------------------------------------------------------------------
+
+def test_scenes_are_the_same_for_ever():
+    assert [data.draw_scene(i)[2] for i in range(4)] == [
+        "a small green square on the left", "a small yellow square right of a large orange triangle",
+        "a small blue square right of a small orange circle", "a large red circle at the top"]
+    assert data.draw_scene(2) == data.draw_scene(2)
+
+
+def test_objects_are_whole_and_never_touch():
+    for i in range(2000):
+        _, objects, caption = data.draw_scene(i)
+        assert all(o.box / 2 <= min(o.x, o.y, 1 - o.x, 1 - o.y) + 1e-9 for o in objects), caption
+        if len(objects) == 2:
+            a, b = objects
+            apart = max(abs(a.x - b.x), abs(a.y - b.y)) - (a.box + b.box) / 2
+            assert apart > data.GAP - 1e-9 and a.colour != b.colour, caption
+
+
+def held_out(objects, relation):
+    """Do these two show what training never shows?"""
+    return any(o.colour == data.held_out_colour(o.shape, r) for o, r in zip(objects, (relation, relation ^ 1)))
+
+
+def test_held_out_combinations_are_never_drawn_in_training_and_always_when_asked_for():
+    seen = set()
+    for i in range(3000):
+        _, objects, caption = data.draw_scene(i)
+        if len(objects) == 2:
+            relation = next(r for r, name in enumerate(data.RELATIONS) if f" {name} a" in caption)
+            assert not held_out(objects, relation), caption
+            seen.add((objects[0].colour, objects[0].shape, relation))
+        _, objects, caption = data.draw_scene(i, held_out=True)
+        relation = next(r for r, name in enumerate(data.RELATIONS) if f" {name} a" in caption)
+        assert objects[0].colour == data.held_out_colour(objects[0].shape, relation), caption
+    assert len(seen) == 6 * 4 * 4 - 4 * 4, "all other combinations of colour, shape and relation do occur"
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_scorer_reads_real_scenes(size, held_out):
+    images, captions = scenes(150, size, held_out)
+    noisy = (images + np.random.RandomState(0).normal(0, 8, images.shape)).clip(0, 255).astype(np.uint8)
+    for pictures in (images, noisy):
+        score = data.score_captions(pictures, captions)
+        assert min(score.values()) >= 99, score
+
+
+def test_the_scorer_is_near_chance_on_noise_and_on_captions_of_other_pictures():
+    images, captions = scenes(150)
+    noise = np.random.RandomState(0).uniform(0, 256, images.shape).astype(np.uint8)
+    score = data.score_captions(noise, captions)
+    assert score["all"] == score["shape"] == 0 and score["colour"] < 10 and score["place"] < 40, score
+    other = data.score_captions(images, captions[1:] + captions[:1])
+    assert other["all"] < 3 and other["colour"] < 25 and other["relation"] < 40, other
+
+
+def test_the_scorer_asks_for_no_more_than_the_caption_says():
+    red = data.Object(0, 0, 0.3, 0.5, 0.28)
+    image = data.paint(60, [red], 32)[None]
+    for caption, keys in (("a red circle", {"n", "colour", "shape", "all"}), ("A  small red circle.", {"size"}),
+                          ("a red circle on the left", {"place"})):
+        score = data.score_captions(image, [caption])
+        assert keys <= set(score) and min(list(score.values())[1:]) == 100, score
+    two = data.paint(60, [red, data.Object(2, 1, 0.75, 0.5, 0.28)], 32)[None]
+    assert data.score_captions(two, ["a red circle"])["all"] == 0, "there is something else"
+    assert data.score_captions(two, ["a red circle left of a blue square"])["all"] == 100
+    assert data.score_captions(two, ["a red circle right of a blue square"])["relation"] == 0
+    assert data.score_captions(two, ["a blue square left of a red circle"])["relation"] == 0
+    with pytest.raises(data.UserError, match="'a dog' cannot be scored"):
+        data.score_captions(image, ["a dog"])
+
+
+# ---- encoders ------------------------------------------------------------------------------------------
+
+def test_words_are_the_same_vectors_on_every_machine():
+    rows = data.encode(data.Words(), ["A small, red circle", ""])
+    assert [row.shape for row in rows] == [(6, 256), (1, 256)] and rows[0].dtype == np.float16
+    assert rows[0][0, :3].tolist() == [-0.96435546875, 1.5048828125, -1.20703125] and rows[1][0, :3].tolist() == [-3.375, -1.0712890625, -1.4111328125]
+    assert abs(np.stack([data.random_vector(0, i, width=256) for i in range(400)]).var() - 1) < 0.02
+
+
+def test_words_know_letters_and_places_but_no_capitals():
+    a, b, c = data.encode(data.Words(), ["red circle", "Red CIRCLE", "circle red"])
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    for odd in ('say "hi"', "😀 🎈", "Привет мир", "日本語", "\ud800"):
+        assert len(data.encode(data.Words(), [odd])[0]) > 1, f"nothing is left of {odd!r}"
+
+
+def test_a_text_of_thousands_of_words_is_cut_and_keeps_its_end():
+    row, end = data.encode(data.Words(), ["red " * 5000])[0], data.random_vector(0, width=256)
+    assert len(row) == data.MAX_TOKENS
+    assert np.array_equal(row[-1], (end + data.random_vector(1, 255, width=256)).astype(np.float16))
+
+
+# ---- files ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def captions(tmp_path):
+    """captions([["a", "b"], ...]) is a prepared set of two black pixels a picture with these captions."""
+    def make(texts):
+        folder = tmp_path / "sets" / "mine"
+        folder.mkdir(parents=True)
+        np.save(folder / "images.npy", np.zeros((len(texts), 3, 8, 8), np.uint8))
+        (folder / "captions.jsonl").write_text("".join(json.dumps(lines) + "\n" for lines in texts))
+        (folder / "meta.json").write_text(json.dumps(dict(name="mine", size=8, n=len(texts), classes=[], flip=False)))
+        return data.open_set("mine", str(tmp_path / "sets"))
+
+    return make
+
+
+def test_features_come_back_as_they_were_encoded(captions):
+    texts = [["one", "the second one"], [""], ["three"]]
+    pictures = captions(texts)
+    assert data.encode_set(pictures, data.Words()) and not data.encode_set(pictures, data.Words())
+    features = pickle.loads(pickle.dumps(data.Features(data.text_folder(pictures.folder, "words"))))
+    wanted = data.encode(data.Words(), [text for lines in texts for text in lines])
+    assert all(np.array_equal(features.row(i), row) for i, row in enumerate(wanted))
+    assert np.array_equal(features.null, data.encode(data.Words(), [""])[0])
+    drawn = {len(features.rows(np.array([0]), data.mix(0, np.array([k]), data.CAPTION))[0]) for k in range(20)}
+    assert drawn == {2, 4}, "one of its captions is never drawn"
+
+
+def test_encoding_that_is_killed_goes_on_to_the_same_bytes(captions, tmp_path):
+    pictures, folder = captions([[f"number {i}", "again"][:1 + i % 2] for i in range(2500)]), tmp_path / "part"
+    whole = list(data.encode_part(tmp_path / "whole", pictures.captions, range(2500), data.Words()))
+    for stop in (1, 1, 9):
+        for i, _ in enumerate(data.encode_part(folder, pictures.captions, range(2500), data.Words())):
+            if i + 1 == stop:
+                break
+    assert len(whole) == 3 and sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "whole"))
+    for name in ("tokens.npy", "offsets.npy", "caption_of.npy"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_limit_encodes_the_first_pictures_and_training_sees_no_others(captions):
+    pictures = captions([[f"number {i}"] for i in range(10)])
+    data.encode_set(pictures, data.Words(), limit=4)
+    batches = data.Batches(pictures, 8, range(8), 0, False, data.Features(data.text_folder(pictures.folder, "words")))
+    assert batches.n == 4
+    with pytest.raises(data.UserError, match="already there, of 4 pictures by words.*rm -r"):
+        data.encode_set(pictures, data.Words())
+
+
+def test_batches_are_padded_to_a_multiple_of_eight_and_the_mask_says_where_tokens_are():
+    features, mask = data.pad([np.ones((3, 5), np.float16), np.ones((9, 5), np.float16)])
+    assert features.shape == (2, 16, 5) and mask.sum(1).tolist() == [3, 9]
+    assert torch.equal(features[:, :, 0] != 0, mask)
+
+
+def test_find_encoder_takes_the_only_one_or_lists_them(captions, tmp_path):
+    sets = str(tmp_path / "sets")
+    pictures = captions([["a"]])
+    assert data.find_encoder("shapes-text", sets, "") == ("words", 256) == data.find_encoder("mine", sets, "words")
+    with pytest.raises(data.UserError, match="it has none.*data.py encode mine --encoder words"):
+        data.find_encoder("mine", sets, "")
+    data.encode_set(pictures, data.Words())
+    assert data.find_encoder("mine", sets, "") == ("words", 256)
+    with pytest.raises(data.UserError, match="no text features by t5; there are words"):
+        data.find_encoder("mine", sets, "t5")
+
+
+# ---- training and sampling -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """A --data-dir with 60 captioned shapes."""
+    folder = tmp_path_factory.mktemp("sets")
+    data.prepare("shapes-text", str(folder), limit=60)
+    return folder
+
+
+@pytest.fixture
+def trained(sets, tmp_path, monkeypatch):
+    """trained("--lr", 1) trains a tiny text-conditional network for two steps, in an empty folder, into run/."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, model="iuvit", out="run"):
+        argv = [*tiny(model), "--cond", "text", "--data-dir", sets, "--out", out, "--steps", 2, "--samples", 4, "--lr",
+                0.02, *flags]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        train.main()
+        return data.read_checkpoint(f"{out}/ckpt.pt")
+
+    return run
+
+
+@pytest.fixture
+def drawn(trained, tmp_path, monkeypatch):
+    """drawn("--prompt", "a red circle") samples from a checkpoint trained so: pictures and captions."""
+    trained("--cfg", 2)
+
+    def run(*flags):
+        argv = ["--ckpt", "run/ckpt.pt", "--device", "cpu", "--dtype", "float32", "--npz", "drawn.npz", *flags]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
+        sample.main()
+        with np.load("drawn.npz") as npz:
+            return npz["arr_0"], npz["arr_1"].tolist()
+
+    return run
+
+
+def equal(a, b):
+    return all(torch.equal(a[part][key], b[part][key]) for part in ("model", "ema") for key in a[part])
+
+
+def test_a_run_on_text_resumes_bit_for_bit_and_at_any_number_of_workers(trained):
+    whole = trained("--steps", 4, out="whole")
+    trained("--steps", 2, out="halves")
+    assert equal(whole, trained("--steps", 4, "--workers", 1, out="halves"))
+
+
+def loss(out):
+    return [float(line.split(",")[1]) for line in Path(out, "log.csv").read_text().splitlines()[1:]]
+
+
+def test_accumulation_and_ranks_slice_the_text_too(trained, sets):
+    flags = ["--steps", 3, "--log-every", 1]
+    trained(*flags, out="whole")
+    trained(*flags, "--accum", 2, out="parts")
+    command("train.py", *tiny("iuvit"), "--cond", "text", "--data-dir", sets, "--lr", 0.02, "--samples", 4, *flags,
+            "--out", "ranks", cwd=".", processes=2)
+    assert loss("parts") == pytest.approx(loss("whole"), rel=1e-4) == loss("ranks")
+
+
+def test_the_null_caption_takes_the_place_of_the_dropped_ones(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train.diffusion, "loss", lambda net, *args, cond=(), _loss=train.diffusion.loss: (
+        seen.append(args[-1]) or _loss(net, *args)))
+    trained("--drop", 0.999, "--steps", 1)
+    features, mask = seen[0]
+    null = data.encode(data.Words(), [""])[0]
+    assert mask.sum(1).tolist() == [1] * 8 and np.allclose(features[:, 0], null) and not features[:, 1:].any()
+
+
+def test_a_checkpoint_knows_encoder_null_caption_and_grid(trained):
+    text = trained()["text"]
+    assert (text["encoder"], text["width"], len(text["captions"])) == ("words", 256, 4)
+    for caption, row in zip([*text["captions"], ""], [*text["rows"], text["null"]]):
+        assert np.array_equal(row.numpy(), data.encode(data.Words(), [caption])[0]), caption
+
+
+def test_a_caption_is_the_same_picture_whatever_stands_beside_it(drawn):
+    alone, _ = drawn("--prompt", "a red circle", "--n", 1)
+    beside, _ = drawn("--prompt", "a red circle", "very " * 60 + "long", "--n", 2)        # padded to 64 tokens, not 8
+    assert abs(alone[0].astype(int) - beside[0]).max() <= 2
+    assert abs(beside[0].astype(int) - drawn("--prompt", "a blue square", "x", "--n", 2)[0][0]).max() > 0
+
+
+@pytest.mark.parametrize("prompt", ['say "hi" to it\'s', "😀 🎈", "Привет 日本語 عربى", "", " ", "red " * 5000, "a\nb"])
+def test_any_prompt_gives_pictures(drawn, prompt, capsys):
+    pictures, captions = drawn("--prompt", prompt, "--n", 2)
+    assert len(pictures) == 2 and pictures.std() > 0
+    assert ("is cut to 256" in capsys.readouterr().out) == (len(prompt) > 5000)
+
+
+def test_prompts_come_from_a_file_one_a_line(drawn, tmp_path):
+    (tmp_path / "wishes.txt").write_text("a red circle\n\n  a blue square \n", encoding="utf-8")
+    assert drawn("--prompt", "@wishes.txt", "--n", 3)[1] == ["a red circle", "a blue square", "a red circle"]
+    (tmp_path / "empty.txt").touch()
+    for prompt, says in (("@empty.txt", "holds no prompts"), ("@nowhere.txt", "cannot read --prompt @nowhere.txt")):
+        with pytest.raises(data.UserError, match=says):
+            drawn("--prompt", prompt)
+
+
+def test_without_a_prompt_the_captions_are_those_of_the_training_grid(drawn):
+    assert drawn("--n", 5)[1] == [*(c := data.read_checkpoint("run/ckpt.pt")["text"]["captions"]), c[0]]
+
+
+def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
+    monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ckpt.pt --cfg 1,2,4 --prompt one two --device cpu".split())
+    sample.main()
+    sheet = sample.Image.open("samples.png")
+    cell = 128 + 3 * 14                                                         # three lines of text
+    assert sheet.size == (6 + 2 * (128 + 6), 6 + 3 * (cell + 6))
+    for flags, says in ((["--cfg", "1,2"], "there is no --npz"), (["--cfg", "1,x"], "takes a float, or several")):
+        with pytest.raises(data.UserError, match=says):
+            drawn(*flags)
+
+
+def test_score_speaks_of_one_two_and_held_out_objects(drawn, capsys):
+    drawn("--score", "--n", 6)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "show all that was asked" in line]
+    assert [line.split(":")[0] for line in lines] == ["one object", "two objects", "held-out"]
+    with pytest.raises(data.UserError, match="'a dog' cannot be scored"):
+        drawn("--score", "--prompt", "a dog")
+
+
+def test_attention_maps_are_those_of_the_network_and_leave_it_alone(drawn):
+    plain, _ = drawn("--prompt", "a red circle", "--n", 2)
+    watched, _ = drawn("--prompt", "a red circle", "--n", 2, "--attend", "circle", "--out", "a.png")
+    assert np.array_equal(plain, watched)
+    assert sample.Image.open("a.png").width > 2 * 64
+    net, config = sample.load("run/ckpt.pt")
+    features, mask = data.pad(data.encode(data.Words(), ["a red circle"] * 2))
+    with sample.Attention(net, mask, 32) as look:
+        net(torch.randn(2, 3, 32, 32), torch.rand(2), features.float(), mask)
+    layers = sum(type(m).__name__ == "CrossAttention" for m in net.modules())
+    assert torch.allclose(look.maps, torch.full_like(look.maps, layers), atol=1e-4), "all tokens together get all of it"
+    with pytest.raises(data.UserError, match="--attend dog: no prompt has this word"):
+        drawn("--prompt", "a red circle", "--attend", "dog")
+
+
+def test_attention_needs_cross_attention(trained, monkeypatch):
+    trained(model="uvit")
+    monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ckpt.pt --n 1 --attend a --device cpu".split())
+    with pytest.raises(data.UserError, match="this network has none"):
+        sample.main()
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("--data cifar10 --cond text", "cifar10 has no captions: use --cond class"),
+    ("--cond class --encoder words", "--encoder is for --cond text")])
+def test_a_mistake_is_answered_by_what_is_allowed(argv, says):
+    with pytest.raises(data.UserError, match=says):
+        train.parse(argv.split())
+
+
+def test_another_width_than_that_of_the_features_is_refused(trained):
+    with pytest.raises(data.UserError, match="text_dim of 99, and the features by words are 256 wide"):
+        trained("--net", json.dumps(dict(patch_size=8, dim=64, depth=3, heads=2, text_dim=99)))
+
+
+# ---- T5 ------------------------------------------------------------------------------------------------
+
+LINES = ["a small red circle above a large blue square", "a green cross on the left", "yellow triangle in the middle"] * 9
+
+
+def tiny_t5(folder, form):
+    """A T5 encoder of random weights, with its tokenizer as tokenizer.json or, as google's, as spiece.model alone."""
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    folder.mkdir()
+    if form == "spiece.model":
+        import sentencepiece
+        (folder / "lines").write_text("\n".join(LINES))
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(folder / "lines"), model_prefix=str(folder / "spiece"), vocab_size=60, model_type="unigram", pad_id=0,
+            eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+        (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+            tokenizer_class="T5Tokenizer", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", extra_ids=0)))
+    else:
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.train_from_iterator(LINES, trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                                model_max_length=512).save_pretrained(folder)
+    torch.manual_seed(0)
+    T5EncoderModel(T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0,
+                            feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+                            eos_token_id=1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "spiece.model"])
+def test_a_t5_folder_goes_through_encode_train_and_sample(form, tmp_path, sets, monkeypatch, trained, capsys):
+    here = all(data.importlib.util.find_spec(name) for name in ("transformers", "sentencepiece"))
+    need(here, "T5", data.INSTALL_T5)
+    folder = tiny_t5(tmp_path / f"t5-{form[:3]}", form)
+    encoder = data.T5(str(folder))
+    rows = data.encode(encoder, ["a red circle", "", "red " * 600])
+    assert rows[0].dtype == np.float16 and rows[0].shape[1] == 32 and len(rows[1]) == 1 and len(rows[2]) == 256
+    alone = data.encode(encoder, ["a red circle"])[0]
+    assert np.allclose(rows[0].astype(float), alone, atol=0.05), "it depends on what it was encoded with"
+    data.encode_command("shapes", str(sets), str(folder), None)
+    ckpt = trained("--encoder", folder)
+    assert ckpt["text"]["encoder"] == str(folder) and ckpt["config"]["net"]["text_dim"] == 32
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", "run/ckpt.pt", "--n", "2", "--prompt", "a red dog", "--attend",
+                                      "red", "--device", "cpu"])
+    sample.main()
+    assert "2 pictures" in capsys.readouterr().out
+
+
+def test_without_transformers_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(data.UserError, match="`pip install transformers sentencepiece protobuf`"):
+        data.load_encoder("t5-v1_1-base")
