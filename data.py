@@ -1217,7 +1217,7 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as e:
-        raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, and make it again")
+        raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, and {'encode' if kinds is FEATURES else 'prepare'} again")
 
 
 def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=None):

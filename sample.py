@@ -2,7 +2,7 @@
 
     python sample.py                                     the newest run, 64 pictures, one sheet
     python sample.py --ckpt runs/mine/ckpt.pt --n 480 --score
-    python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of single PNGs
+    python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of single PNGs; again, it goes on
     python sample.py --prompt "a small red circle above a large blue square" "a large green cross on the left"
     python sample.py --prompt @prompts.txt --cfg 1,2,4   prompts from a file, one a line; a row for each guidance scale
     python sample.py --ckpt cifar10_uvit_small.pth       weights that U-ViT's or ADM's authors have published
@@ -13,8 +13,10 @@ From a notebook: `from sample import load; net, config = load("ckpt.pt")`, then 
 import argparse
 import contextlib
 import functools
+import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +265,26 @@ def sheet_of(pictures, args, labels):
     return data.grid(pictures, columns, gap=6 if labels else 2)
 
 
+def file_of(out, i):
+    return out / f"{i:06d}.png"
+
+
+def what_decides(path, args, prompts):
+    """All that the pictures in a folder follow from, as JSON has it: the same command may go on with them later."""
+    weights = [f"{m.filename} {m.CRC}" for m in zipfile.ZipFile(path).infolist()] if zipfile.is_zipfile(path) else [path]
+    names = "n batch sampler steps cfg clip classes attend seed weights device dtype".split()
+    asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, checkpoint=data.digest(weights))
+    return json.loads(json.dumps(asked))
+
+
+def begun(out):
+    """The record of what_decides in a folder, or None."""
+    try:
+        return json.loads((out / ".asked.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def tell_score(pictures, y, prompts, kinds, how):
     """Print how many pictures show what was asked, by class or by prompt; those by kind, if there are kinds."""
     if y is not None:
@@ -322,12 +344,16 @@ def main():
         Path(args.npz or ".").parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".png" and out.is_dir() or args.npz and Path(args.npz).is_dir():
             fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
-        if out.suffix != ".png" and any(out.iterdir()):
-            fail(f"the folder {out} is not empty: choose another --out, so that nothing is overwritten")
+        asked = what_decides(path, args, prompts)
+        if out.suffix != ".png" and any(out.iterdir()) and begun(out) != asked:
+            fail(f"the folder {out} is not empty, and not of this very command: choose another --out, so that nothing is "
+                 "overwritten")
     except OSError as e:
         fail(f"cannot write there: {e}")
     if world > 1:
         dist.barrier()                                                  # all have looked, before one writes
+    if rank == 0 and out.suffix != ".png":
+        data.write_file(out / ".asked.json", lambda f: f.write(json.dumps(asked).encode()))
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
     blocks = [(scale, first) for scale in args.cfg for first in range(0, args.n, args.batch)]
@@ -335,6 +361,8 @@ def main():
     with diffusion.autocast(device, args.dtype):
         for scale, first in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             ids = range(first, min(first + args.batch, args.n))
+            if out.suffix != ".png" and all(file_of(out, i).exists() for i in ids):
+                continue                                                # drawn before the command was stopped
             cond, null = () if y is None else (y[first:ids.stop].to(device),), len(config["info"]["classes"])
             if prompts:
                 features, mask = data.pad(rows[first:ids.stop])
@@ -352,9 +380,11 @@ def main():
             if args.attend:                                             # beside each picture where it was looked
                 shown = highlight(drawn[scale, first], look.maps)
                 drawn[scale, first] = np.concatenate([drawn[scale, first], shown], axis=3)
-            if out.suffix != ".png":
-                for i, picture in zip(ids, drawn[scale, first]):
-                    Image.fromarray(picture.transpose(1, 2, 0)).save(out / f"{i:06d}.png")
+            if out.suffix != ".png":                                    # kept there, and not in memory
+                for i, picture in zip(ids, drawn.pop((scale, first))):
+                    part = out / f"{i:06d}.part"
+                    Image.fromarray(picture.transpose(1, 2, 0)).save(part, "png")
+                    part.replace(file_of(out, i))                       # whole, or not there
     if world > 1:
         parts = [None] * world if rank == 0 else None
         dist.gather_object(drawn, parts)
@@ -362,7 +392,10 @@ def main():
         if rank > 0:
             return
         drawn = {block: pictures for part in parts for block, pictures in part.items()}
-    pictures = np.concatenate([drawn[block] for block in blocks])      # (scales * n, 3, S, S) uint8; 2 S wide to attend
+    if out.suffix == ".png":
+        pictures = np.concatenate([drawn[block] for block in blocks])   # (scales * n, 3, S, S) uint8; 2 S wide to attend
+    elif args.npz or args.score:
+        pictures = np.stack([np.asarray(Image.open(file_of(out, i))).transpose(2, 0, 1) for i in range(args.n)])
 
     if out.suffix == ".png":
         names = [config["info"]["classes"][c] for c in y] if y is not None and len(args.cfg) > 1 else None
@@ -371,7 +404,7 @@ def main():
     if args.npz:
         asked = dict(arr_1=np.array(prompts)) if prompts else {} if y is None else dict(arr_1=y.numpy())
         data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **asked))
-    print(f"{len(pictures)} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
+    print(f"{args.n * len(args.cfg)} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
     for i, scale in enumerate(args.cfg if args.score else []):
         these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
         tell_score(these, y, prompts, kinds or ["as asked"] * args.n, f"{args.sampler} {args.steps}, guidance {scale:g}")

@@ -772,7 +772,7 @@ class Malice:
 
 @pytest.mark.parametrize("content, says", [
     (None, "No such file"), (b"", "cannot read"), (b"not a checkpoint", "cannot read"),
-    (torch.zeros(3), "holds no config"), (dict(model={}), "holds no config"), (dict(config=Malice()), "cannot read")])
+    (torch.zeros(3), "holds no weights by name"), (dict(model={}), "holds no config"), (dict(config=Malice()), "cannot read")])
 def test_what_is_no_checkpoint_is_refused_and_runs_no_code(content, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+import diffusion
 import sample
 from conftest import TINY, command, tiny
 
@@ -67,7 +68,7 @@ def test_a_png_is_one_sheet_of_all_pictures(drawn):
 
 def test_any_other_out_is_a_folder_of_single_pngs(drawn):
     pictures, _ = drawn("--out", "pictures")
-    files = sorted(os.listdir("pictures"))
+    files = sorted(path.name for path in Path("pictures").glob("[!.]*"))
     assert files == [f"{i:06d}.png" for i in range(6)]
     assert np.array_equal(pictures, np.stack([Image.open(f"pictures/{file}") for file in files]))
 
@@ -78,6 +79,18 @@ def test_a_folder_with_something_in_it_is_left_alone(drawn):
     with pytest.raises(data.UserError, match="mine is not empty"):
         drawn("--out", "mine")
     assert Path("mine", "000000.png").read_bytes() == b"mine"
+
+
+def test_the_same_command_goes_on_with_a_folder_and_draws_only_what_is_missing(drawn, monkeypatch):
+    whole, _ = drawn("--batch", 2, "--out", "pictures")
+    Path("pictures", "000002.png").unlink()                                     # killed while block 2 .. 3 was written
+    Path("pictures", "000003.png").rename("pictures/000003.part")
+    firsts, noise = [], diffusion.ImageNoise
+    monkeypatch.setattr(diffusion, "ImageNoise", lambda seeds, *args: firsts.append(seeds) or noise(seeds, *args))
+    again, _ = drawn("--batch", 2, "--out", "pictures")
+    assert firsts == [data.image_seeds(0, range(2, 4))] and np.array_equal(whole, again)
+    with pytest.raises(data.UserError, match="not of this very command"):
+        drawn("--batch", 2, "--out", "pictures", "--seed", 1)
 
 
 def test_the_npz_holds_pictures_and_the_classes_asked_for(drawn):
