@@ -309,7 +309,7 @@ class ASCEND(nn.Module):
                  encoder="swin",            # blocks of the encoder, 'swin' or 'conv': the ResBlocks of a U-Net
                  decoder="conv",            # blocks of the decoder, 'conv' or 'swin'
                  skips=True,                # False: the decoder sees the last map alone
-                 resample="conv",           # 'conv', or Swin's 'merge' and its reverse, patch expanding (default assumed)
+                 resample="conv",           # 'conv', or 'merge': Swin's patch merging, and expanding (default assumed)
                  dropout=0.1,
                  num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
                  text_dim=0):               # > 0: conditional on text, given as features of this width
@@ -319,7 +319,8 @@ class ASCEND(nn.Module):
         assert not (num_classes and text_dim), "the condition is a class or a text, not both"
         assert img_size % 2 ** (levels - 1) == 0, \
             f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
-        assert {encoder, decoder} <= {"swin", "conv"}, f"encoder and decoder are 'swin' or 'conv', not {encoder!r}, {decoder!r}"
+        assert {encoder, decoder} <= {"swin", "conv"}, \
+            f"encoder and decoder are 'swin' or 'conv', not {encoder!r} and {decoder!r}"
         assert resample in ("conv", "merge"), f"resample is 'conv' or 'merge', not {resample!r}"
         E = 4 * dim
         down, up = (Downsample, Upsample) if resample == "conv" else (PatchMerge, PatchExpand)

@@ -76,7 +76,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:
         if os.environ.get("RANK", "0") == "0" or isinstance(e, OSError):        # mistakes are everybody's, told once
-            tqdm.write("error: " + " ".join(str(e).split()), file=sys.stderr)           # on a line of its own, below bars
+            tqdm.write("error: " + " ".join(str(e).split()), file=sys.stderr)       # on a line of its own, below bars
         sys.exit(2)
 
 
@@ -1217,7 +1217,8 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as e:
-        raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, and {'encode' if kinds is FEATURES else 'prepare'} again")
+        raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, "
+                        f"and {'encode' if kinds is FEATURES else 'prepare'} again")
 
 
 def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=None):
@@ -1688,7 +1689,8 @@ def find_encoder(name, data_dir, asked):
     """--encoder -> (full name, width) of an encoder whose features a set has or, as drawn sets with words, can have at
     once. UserError, listing what there is, otherwise."""
     folder = set_folder(name, data_dir)
-    there = {path.parent.name: read_meta(path.parent, FEATURES) for path in sorted(Path(folder, "text").glob("*/meta.json"))}
+    found = sorted(path.parent for path in Path(folder, "text").glob("*/meta.json"))
+    there = {path.name: read_meta(path, FEATURES) for path in found}
     source = BUILT_IN.get(name, OWN)["source"]
     if not asked and source in (captions_source, emoji_source):
         asked = "words"

@@ -141,7 +141,7 @@ class IUBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.ffn = ffn
 
-    def forward(self, x, text, skip=None):                              # x and skip (B, N, D), text (tokens, mask) or ()
+    def forward(self, x, text, skip=None):                              # x, skip (B, N, D), text (tokens, mask) or ()
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         if self.cross is None:                                          # no text, or one softmax for all
@@ -230,7 +230,7 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            time = torch.cat([time, masked_mean(*text)], dim=1)             # (B, 2D): the gist of the text comes with time
+            time = torch.cat([time, masked_mean(*text)], dim=1)             # (B, 2D): the gist of the text
         tokens = [self.time_embed(time)[:, None], x]                        # (B, 1, D), (B, h*w, D)
         if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
@@ -247,7 +247,7 @@ class IUViT(nn.Module):
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
         # Linear-first squeezes a token to p*p*C numbers before the convolution sees its neighbours; rearrange-first
         # lays all D numbers out as an image of D/p^2 channels, and the convolution picks from 9 D/p^2 for each pixel.
-        x = self.to_pixels(x)                                               # (B, h*w, D), or linear-first (B, h*w, p*p*C)
+        x = self.to_pixels(x)                                               # (B, h*w, D); linear-first (B, h*w, p*p*C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)
 

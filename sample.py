@@ -98,7 +98,7 @@ def load(path, weights="ema", device="cpu"):
 def newest_run():
     runs = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
     if not runs:
-        raise data.UserError("there is no run in runs/ yet: run `python train.py` first, or name a checkpoint with --ckpt")
+        raise data.UserError("there is no run in runs/ yet: run `python train.py` first, or name one with --ckpt")
     return runs[-1]
 
 
@@ -106,7 +106,7 @@ def parse(argv):
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = lambda message: fail(f"{message} (python sample.py --help lists all flags)")
     p.add_argument("--ckpt", help="default: the newest in runs/")
-    p.add_argument("--n", type=int, help="how many pictures; default: 64, 8 a scale of several, whole rounds of --prompt")
+    p.add_argument("--n", type=int, help="how many pictures; default: 64; 8 a scale of --cfg; rounds of --prompt")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time")
     p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
     p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
@@ -157,7 +157,8 @@ def classes_of(args, config):
     except ValueError:
         fail(f"--classes takes numbers, like 3,5, not {args.classes!r}")
     if any(not 0 <= c < len(names) for c in asked):
-        fail(f"--classes must lie in 0..{len(names) - 1}: " + ", ".join(f"{i} {name}" for i, name in enumerate(names[:30])))
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(names[:30]))
+        fail(f"--classes must lie in 0..{len(names) - 1}: {known}")
     return torch.tensor([asked[i % len(asked)] for i in range(args.n)])
 
 
@@ -206,7 +207,8 @@ class Attention:
 
     def __init__(self, net, marked, size):                              # marked (B, L) bool
         self.maps, self.marked, self.size = torch.zeros(len(marked), size, size), marked, size
-        self.hooks = [m.register_forward_hook(self.watch) for m in net.modules() if type(m).__name__ == "CrossAttention"]
+        watched = [m for m in net.modules() if type(m).__name__ == "CrossAttention"]
+        self.hooks = [m.register_forward_hook(self.watch) for m in watched]
         if not self.hooks:
             fail("--attend shows cross-attention, and this network has none: it reads text in some other way")
 
@@ -271,7 +273,8 @@ def file_of(out, i):
 
 def what_decides(path, args, prompts):
     """All that the pictures in a folder follow from, as JSON has it: the same command may go on with them later."""
-    weights = [f"{m.filename} {m.CRC}" for m in zipfile.ZipFile(path).infolist()] if zipfile.is_zipfile(path) else [path]
+    parts = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+    weights = [f"{part.filename} {part.CRC}" for part in parts] or [str(path)]
     names = "n batch sampler steps cfg clip classes attend seed weights device dtype".split()
     asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, checkpoint=data.digest(weights))
     return json.loads(json.dumps(asked))
@@ -393,7 +396,7 @@ def main():
             return
         drawn = {block: pictures for part in parts for block, pictures in part.items()}
     if out.suffix == ".png":
-        pictures = np.concatenate([drawn[block] for block in blocks])   # (scales * n, 3, S, S) uint8; 2 S wide to attend
+        pictures = np.concatenate([drawn[block] for block in blocks])   # (scales * n, 3, S, S); --attend: 2 S wide
     elif args.npz or args.score:
         pictures = np.stack([np.asarray(Image.open(file_of(out, i))).transpose(2, 0, 1) for i in range(args.n)])
 

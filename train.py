@@ -430,7 +430,7 @@ def open_run(config, info, fresh, main_rank):
     ckpt = None
     if (out / "ckpt.pt").exists() and not (fresh and not main_rank):
         ckpt = data.read_checkpoint(out / "ckpt.pt")
-        old = flat({**dataclasses.asdict(Config()), **ckpt["config"]})      # what it does not know was as the defaults are
+        old = flat({**dataclasses.asdict(Config()), **ckpt["config"]})      # what it lacks was as the defaults are
         changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                    if k not in FREE and old.get(k) != v]
         if changed:
@@ -612,8 +612,8 @@ def main():
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
     batches = iter(torch.utils.data.DataLoader(
-        data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features), sampler=range(start, config.steps),
-        batch_size=None, num_workers=config.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))
+        data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features),
+        sampler=range(start, config.steps), batch_size=None, num_workers=config.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))
 
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
