@@ -613,7 +613,8 @@ def main():
     micro = len(rows) // config.accum
     batches = iter(torch.utils.data.DataLoader(
         data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features),
-        sampler=range(start, config.steps), batch_size=None, num_workers=config.workers, pin_memory=device.type == "cuda", generator=torch.Generator()))
+        sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
+        pin_memory=device.type == "cuda", generator=torch.Generator()))
 
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
