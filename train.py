@@ -62,12 +62,13 @@ class Config:
     time_spread: float = 1.0        # below 1: t gathered around its median, time_shift / (1 + time_shift)
     clock: str = "plain"            # how the network counts time: plain, uvit, adm; see diffusion.CLOCKS
     drop: float = 0.1               # how often the condition is replaced by the null one, for guidance
-    # optimisation: AdamW, warm-up then constant
+    # optimisation: AdamW, warm-up then constant, then a cool-down if there is one
     steps: int = 500_000
     batch: int = 128                # global: each process takes batch / (processes * accum) at a time
     accum: int = 1                  # micro-batches a step
     lr: float = 2e-4
     warmup: int = 5000              # steps of linear warm-up
+    cooldown: float = 0.0           # part of the run, its last, in which the rate falls in a line to zero
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -292,7 +293,7 @@ def parse(argv):
     for field in POSITIVE:
         if not getattr(config, field) > 0:
             error(f"--{field.replace('_', '-')} must be above 0, not {getattr(config, field)}")
-    for field in ("drop", "ema", "beta1", "beta2"):
+    for field in ("drop", "cooldown", "ema", "beta1", "beta2"):
         if not 0 <= getattr(config, field) < 1:
             error(f"--{field} must lie in [0, 1), not at {getattr(config, field)}")
     if config.warmup < 0 or config.workers < 0 or config.weight_decay < 0 or not 0 <= config.seed < 2**63:
@@ -415,6 +416,14 @@ def checkpoint_blocks(net):
 def flat(record):
     """A record of the config with the facts of its data set beside its fields."""
     return {**record, **{f"info.{key}": value for key, value in record.get("info", {}).items()}, "info": None}
+
+
+def learning_rate(config, step):
+    """The rate of a step: up in a line, constant, and in the last `cooldown` of the run down in a line.
+
+    It depends on the length of the run: one continued to a larger --steps goes back up to where that run would be."""
+    left = 1 - step / config.steps                                  # of the run, in (0, 1]
+    return config.lr * min(1, (step + 1) / max(1, config.warmup), left / config.cooldown if config.cooldown else 1)
 
 
 def open_run(config, info, fresh, main_rank):
@@ -690,7 +699,7 @@ def main():
                 for c, empty in zip(cond, data.null_like(cond, null))]
 
         for group in opt.param_groups:
-            group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup))
+            group["lr"] = learning_rate(config, step)
         for m in range(config.accum):
             torch.manual_seed(data.seed32(config.seed, step, m, rank))                  # for nn.Dropout alone
             part = slice(m * micro, (m + 1) * micro)

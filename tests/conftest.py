@@ -33,9 +33,9 @@ def command(*args, cwd=None, processes=1, code=0):
 
 
 def tiny(model, **net):
-    """Flags of a tiny run of a model: the fewest pictures and samples, no bf16."""
+    """Flags of a tiny run of a model: the fewest pictures and samples, no bf16, a constant rate."""
     return ["--model", model, "--net", json.dumps({**TINY[model], **net}), "--batch", 8, "--sample-steps", 2,
-            "--dtype", "float32", "--device", "cpu", "--warmup", 0]
+            "--dtype", "float32", "--device", "cpu", "--warmup", 0, "--cooldown", 0]
 
 
 def need(present, what, how):

@@ -163,6 +163,30 @@ def test_the_learning_rate_rises_in_a_line_and_then_stays(trained):
     assert column("lr") == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
+def test_in_the_last_part_of_a_run_the_rate_falls_in_a_line_and_no_step_is_wasted_at_zero(trained):
+    trained("--steps", 8, "--warmup", 2, "--cooldown", 0.5, "--lr", 0.01)
+    assert column("lr") == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_a_cooled_run_stopped_and_resumed_equals_the_uninterrupted_one(trained, monkeypatch):
+    def told_to_stop(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return draw_times(*args)
+
+    whole = trained("--steps", 4, "--cooldown", 0.9, out="whole")
+    draw_times = diffusion.draw_times
+    monkeypatch.setattr(diffusion, "draw_times", Calls(draw_times, at=3, instead=told_to_stop))
+    assert trained("--steps", 4, "--cooldown", 0.9)["step"] == 3
+    assert differences(state(whole), state(trained("--steps", 4, "--cooldown", 0.9))) == {}
+    assert column("lr") == column("lr", "whole")
+
+
+def test_a_cooled_run_continued_to_more_steps_takes_up_the_rates_of_the_longer_run(trained):
+    trained("--steps", 4, "--cooldown", 0.5, "--lr", 0.01)
+    trained("--steps", 8, "--cooldown", 0.5, "--lr", 0.01)
+    assert column("lr") == pytest.approx([0.01, 0.01, 0.01, 0.005] + [0.01, 0.0075, 0.005, 0.0025])
+
+
 def test_the_loss_is_logged_in_four_bins_of_time(trained):
     trained("--time-shift", 1e6)                                                # nearly every t is nearly 1
     last, *others = (column(f"loss_t{i}") for i in (3, 0, 1, 2))
@@ -463,8 +487,8 @@ EFFECTS = dict(                         # another value of a field, and what it 
     cond=("none", sheet), net=('{"depth": 1}', sheet), schedule=("cosine", weights), prediction=("eps", weights),
     clock=("uvit", weights),
     time_shift=(9, weights), time_spread=(9, weights), drop=(0.9, weights), steps=(1, rows), batch=(4, weights),
-    lr=(0.1, weights), warmup=(9, weights), weight_decay=(9, weights), beta1=(0.1, weights), beta2=(0.1, weights),
-    ema=(0.01, average), grad_clip=(1e-4, weights), samples=(5, sheet), sampler=("em", sheet),
+    lr=(0.1, weights), warmup=(9, weights), cooldown=(0.9, weights), weight_decay=(9, weights), beta1=(0.1, weights),
+    beta2=(0.1, weights), ema=(0.01, average), grad_clip=(1e-4, weights), samples=(5, sheet), sampler=("em", sheet),
     sample_steps=(3, sheet), cfg=(9, sheet), clip=("none", sheet), seed=(5, weights), dtype=("bfloat16", weights),
     log_every=(2, rows), sample_every=(1, sheets))
 
@@ -542,6 +566,7 @@ def test_no_field_of_the_config_is_without_a_test_of_its_flag():
     ("--drop 1", "[0, 1)"), ("--drop -0.1", "[0, 1)"), ("--ema 1", "[0, 1)"), ("--beta1 1", "[0, 1)"),
     ("--beta2 2", "[0, 1)"), ("--warmup -1", "not be negative"), ("--workers -1", "not be negative"),
     ("--weight-decay -1", "not be negative"), ("--seed -1", "not be negative"),
+    ("--cooldown 1", "[0, 1)"), ("--cooldown 300", "[0, 1)"), ("--cooldown nan", "--cooldown must be a finite"),
     ("--drop 0 --cfg 2", "--cfg 1"),
     ("--lr inf", "--lr must be a finite"), ("--weight-decay nan", "--weight-decay must be a finite"),
     ("--time-shift inf", "--time-shift must be a finite"), ("--time-spread nan", "--time-spread must be a finite"),
