@@ -11,6 +11,7 @@ The same command again resumes from the run's checkpoint, on a CPU bit for bit; 
 import argparse
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -110,18 +111,21 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
         "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]     # in a resume
 
 # Minutes on a laptop. v prediction, the cosine schedule and times gathered around t = 0.6, because there outlines
-# are decided: the scorer's 75% at 3,000 steps was 62% at 5,000 with shift 2, spread 1 and lr 1.5e-3, and eps on the
-# linear schedule hardly learns outlines in this time. Batch 16: every picture teaches about 1.5 times as much as in
-# batches of 32 (8 would be as good, but slower on CPUs). Guidance, because it sharpens what little was learnt.
+# are decided, and eps on the linear schedule hardly learns outlines in this time. Batch 16: every picture teaches about
+# 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls to zero over the last
+# third, in which the U-Net's loss falls from 0.025 to 0.014. What then still fails are oblong squares and crosses with
+# crooked arms: large mistakes made early, which fresh noise mends and a deterministic path keeps. Scorer, U-Net, bf16:
+# Euler-Maruyama in 100 steps, 96 samples (standard error 2 to 3 points), at guidance 1 95.8%, 1.5 95.8%, 2 93.8%,
+# 3 91.7%; DPM-Solver++ in 20 steps, 240 samples, at guidance 3 86.2%.
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
-              steps=5000, batch=16, lr=2e-3, warmup=100, beta2=0.99, ema=0.999, samples=24, cfg=3.0,
-              sample_every=500, save_every=500)
+              steps=3000, batch=16, lr=2e-3, warmup=100, cooldown=1 / 3, beta2=0.99, ema=0.999, samples=24,
+              sampler="em", sample_steps=100, cfg=1.5, sample_every=1000, save_every=500)
 
 LAPTOP_TEXT = dict(LAPTOP, cond="text", clip="dynamic")   # the set shapes-text, by words: one or two objects and where
 
 # Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
-SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, samples=32, cfg=1.0,
-               sample_every=1000)
+SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, cooldown=0.0,
+               samples=32, sampler="dpm", sample_steps=20, cfg=1.0)
 
 # Narrow networks: most of the width where pictures are small, since at full size a channel costs the most time.
 # Attention at 16 pixels gained nothing. U-ViT and IU-ViT see patches of 4, a fourth of the tokens.
@@ -129,8 +133,9 @@ PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, resample="conv", dropout=0.0)),
     "uvit-shapes":    dict(LAPTOP, model="uvit", net=dict(patch_size=4, dim=192, depth=7, heads=3)),
-    "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=dict(patch_size=4, dim=192, depth=7, heads=3)),
-    "ascend-shapes":  dict(LAPTOP, model="ascend", net=dict(
+    "iuvit-shapes":   dict(LAPTOP, model="iuvit", steps=2100, cooldown=0.5, lr=1e-3, net=dict(
+        patch_size=4, dim=192, depth=7, heads=3)),
+    "ascend-shapes":  dict(LAPTOP, model="ascend", steps=2100, cooldown=0.5, net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, dropout=0.0)),
 
     "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", net=dict(
@@ -418,6 +423,15 @@ def flat(record):
     return {**record, **{f"info.{key}": value for key, value in record.get("info", {}).items()}, "info": None}
 
 
+def keep_freed_memory():
+    """Have glibc keep what one step frees for the next. By default large blocks go back to the system, and the 5,000 to
+    34,000 page faults of getting them again made a step of the laptop presets a tenth to a quarter slower."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**30)                              # M_TRIM_THRESHOLD: up to 1 GiB is kept
+        mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: of blocks up to 32 MiB, the most it allows
+
+
 def learning_rate(config, step):
     """The rate of a step: up in a line, constant, and in the last `cooldown` of the run down in a line.
 
@@ -541,6 +555,7 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(seconds=config.timeout))
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    keep_freed_memory()
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
     precision = diffusion.autocast(device, config.dtype)
 
