@@ -1361,9 +1361,10 @@ class InPlace:
     def __len__(self):
         return len(self.names)
 
-    def decode(self, number):
-        """The picture of this number, or else the next one that can be read, the same at every visit; its number."""
-        for i in (j % len(self) for j in range(number, number + 100)):
+    def decode(self, number, n):
+        """The picture of this number, or else the next of the first n that can be read, the same at every visit; its
+        number."""
+        for i in (j % n for j in range(number, number + 100)):
             file = self.place.open(self.names[i])       # if this fails, it is the disk's fault and no picture's
             square = load_or_reason(lambda: file, self.size, self.crop)
             if not isinstance(square, str):
@@ -1418,13 +1419,22 @@ class Pictures:
     def __reduce__(self):                               # a pickled memory map takes its data along
         return Pictures, (self.folder,)
 
-    def take(self, index):
+    def take(self, index, n=None):
         """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers int64 (B,): those that
-        were asked for, but where a picture that lies in place cannot be read."""
+        were asked for, but where a picture that lies in place cannot be read. Another of the first n stands in then."""
         if not isinstance(self.images, InPlace):
             return self.images[index], index
-        images, numbers = zip(*(self.images.decode(int(i)) for i in index))
+        images, numbers = zip(*(self.images.decode(int(i), n or len(self)) for i in index))
         return np.stack(images), np.array(numbers, np.int64)
+
+    def parts(self, n):
+        """The first n pictures by the shard that they lie in, {its name: range}; {"": all of them} without shards."""
+        if not (isinstance(self.images, InPlace) and isinstance(self.images.place, Tars)):
+            return {"": range(n)}
+        shards = self.images.place.shards
+        ends = np.searchsorted(self.images.names[:n, 0], range(len(shards)), "right").tolist()
+        return {shard.removesuffix(".tar"): range(start, end)
+                for shard, start, end in zip(shards, [0, *ends], ends) if start < end}
 
 
 def not_there(name, data_dir):
@@ -1464,8 +1474,13 @@ def open_set(name, data_dir):
 #
 # The last caption, of no picture, is "": the null condition of classifier-free guidance. Every caption ends in a token
 # that says so, so that none is without tokens.
+#
+# A set of tar shards has these files once a shard, in ENCODER/SHARD/, not beside the tars, where one may not be allowed
+# to write; and ENCODER/meta.json, about all of them, once the last is done.
 
 MAX_TOKENS = 256                                        # the paper's context; what a caption has beyond is cut off
+CHUNK = 1000                                            # pictures; a killed encode loses no more than the last of these
+OPEN_PARTS = 16                                         # shards of which a process keeps the features mapped
 FEATURES = dict(encoder=str, width=int, n=int)          # what their meta.json must hold
 INSTALL_T5 = "pip install transformers sentencepiece protobuf"
 
@@ -1554,7 +1569,7 @@ def encode_part(folder, captions, numbers, encoder):
     """Write the features of the captions (lists of str) of these pictures, a range. What a killed one left is gone on
     from, in chunks. Yields the pictures and the bytes done so far."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind, header, chunk = dict(descr="<f2", fortran_order=False), io.BytesIO(), 1000
+    kind, header = dict(descr="<f2", fortran_order=False), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, dict(kind, shape=(0, encoder.width)))
     # three files grow, each chunk in this order, so that what `counts` knows of is there: tokens, the length of every
     # caption, the captions of every picture
@@ -1572,16 +1587,16 @@ def encode_part(folder, captions, numbers, encoder):
             counts.truncate(0)
             tokens.write(header.getvalue())
             tokens.flush()
-        done = min(os.path.getsize(paths[2]) // 4, len(numbers)) // chunk * chunk
+        done = min(os.path.getsize(paths[2]) // 4, len(numbers)) // CHUNK * CHUNK
         of = np.frombuffer(counts.read(4 * done), np.int32)
         sizes = np.frombuffer(lengths.read(4 * int(of.sum())), np.int32)
         start = len(header.getvalue()) + 2 * encoder.width * int(sizes.sum())
         if len(sizes) < of.sum() or os.path.getsize(paths[0]) < start:  # the machine went down, not the program
-            raise UserError(f"{folder} is damaged: rm -r {folder}, and encode again")
+            raise OSError(f"{folder} is damaged: rm -r {folder}, and encode again")     # any rank tells of it
         for file, size in ((tokens, start), (lengths, sizes.nbytes), (counts, of.nbytes)):
             file.truncate(size)
-        for first in range(done, len(numbers), chunk):
-            here = [captions[i] for i in numbers[first:first + chunk]]
+        for first in range(done, len(numbers), CHUNK):
+            here = [captions[i] for i in numbers[first:first + CHUNK]]
             rows = encode(encoder, [text for texts in here for text in texts])
             more = [np.array(list(map(len, new)), np.int32) for new in (rows, here)]
             sizes, of = np.append(sizes, more[0]), np.append(of, more[1])
@@ -1605,59 +1620,93 @@ def encode_part(folder, captions, numbers, encoder):
         path.unlink()
 
 
-def encode_set(pictures, encoder, limit=None):
-    """Write the text features of a set, or of its first `limit` pictures. True if that was done now, False if it had
-    been before."""
+def encode_set(pictures, encoder, limit=None, rank=0, world=1):
+    """Write the text features of a set, or of its first `limit` pictures. Of world processes each takes every world-th
+    shard, and the last to end declares the whole complete. False if all had been done before."""
     folder, n = Path(text_folder(pictures.folder, encoder.name)), min(limit or len(pictures), len(pictures))
-    if meta := read_meta(folder, FEATURES):
-        if (meta["n"], meta["encoder"]) != (n, encoder.name):
+
+    def complete(folder, n):
+        meta = read_meta(folder, FEATURES)
+        if meta and (meta["n"], meta["encoder"]) != (n, encoder.name):
             raise UserError(f"{folder} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to encode "
                             f"anew: rm -r {folder}")
+        return meta
+
+    if complete(folder, n):
         return False
-    started, first = time.time(), None
-    with tqdm(total=n, unit="picture", desc=f"captions by {encoder.name}", disable=None) as bar:
-        for done, size in encode_part(folder, pictures.captions, range(n), encoder):
-            bar.update(done - bar.n)
-            if first is None:                           # an estimate, before the hours begin
-                first = done
-                need, hours = size * (n - done) // done, (time.time() - started) * (n - done) / min(done, 1000) / 3600
-                if need > 1e9 or hours > 0.1:
-                    bar.write(f"{folder}: {need:,} bytes and about {hours:.1f} hours to go")
-                if need > (free := shutil.disk_usage(folder).free):
-                    raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try --limit, "
-                                    "or a narrower encoder")
+    parts = pictures.parts(n)
+    todo = [name for i, name in enumerate(parts) if not complete(folder / name, len(parts[name])) and i % world == rank]
+    left, started, estimated = sum(len(parts[name]) for name in todo), time.time(), rank > 0
+    with tqdm(total=left, unit="picture", desc=f"captions by {encoder.name}", disable=rank > 0 or None) as bar:
+        for name in todo:
+            before = 0
+            for done, size in encode_part(folder / name, pictures.captions, parts[name], encoder):
+                bar.update(done - before)
+                before = done
+                if not estimated:                       # before the hours begin
+                    estimated, left = True, left - done
+                    need = size * left // done * world
+                    hours = (time.time() - started) * left / min(done, CHUNK) / 3600
+                    if need > 1e9 or hours > 0.1:
+                        bar.write(f"{folder}: {need:,} bytes and about {hours:.1f} hours to go")
+                    if need > (free := shutil.disk_usage(folder).free):
+                        raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try "
+                                        "--limit, or a narrower encoder")
+    metas = {name: complete(folder / name, len(parts[name])) for name in parts}
+    if "" not in parts and all(metas.values()):
+        total = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
+        shards = {name: meta["n"] for name, meta in metas.items()}
+        whole = dict(encoder=encoder.name, width=encoder.width, **total, shards=shards)
+        own = folder / f"meta-{rank}.json"              # two may end at the same time
+        write_file(own, lambda f: f.write(json.dumps(whole, indent=1).encode()))
+        os.replace(own, folder / "meta.json")
     return True
 
 
 class Features:
     """The text features of a set: encoder (its name), width d, n (pictures that have some), and null, float16 (L, d),
-    the empty caption."""
+    the empty caption. The files of shards are opened when they are needed, a few at a time."""
 
     def __init__(self, folder):
-        meta = read_meta(folder, FEATURES)
-        self.folder = folder
-        try:
-            self.encoder, self.width, self.n = meta["encoder"], meta["width"], meta["n"]
-            self.tokens, self.offsets, self.caption_of = (np.load(os.path.join(folder, f"{file}.npy"), mmap_mode="r")
-                                                          for file in ("tokens", "offsets", "caption_of"))
-            if (self.tokens.shape != (self.offsets[-1], self.width) or len(self.caption_of) != self.n + 1
-                    or self.caption_of[-1] != len(self.offsets) - 2):
-                raise ValueError("its files do not fit each other")
-        except Exception as e:                          # numpy raises half a dozen kinds
-            raise UserError(f"{folder} is damaged ({e}): rm -r {folder}, and encode again")
-        self.null = self.row(len(self.offsets) - 2)
+        self.folder, meta = folder, read_meta(folder, FEATURES)
+        if not meta:
+            raise UserError(f"{folder} holds no complete text features: encode first")
+        self.encoder, self.width, self.n = meta["encoder"], meta["width"], meta["n"]
+        self.parts = meta.get("shards", {"": self.n})
+        self.names, self.ends = list(self.parts), np.cumsum(list(self.parts.values()))
+        self.part = functools.lru_cache(OPEN_PARTS)(self.open)
+        tokens, offsets, _ = self.part(self.names[0])
+        self.null = np.array(tokens[offsets[-2]:])
 
     def __reduce__(self):                               # as of Pictures
         return Features, (self.folder,)
 
-    def row(self, caption):
-        """float16 (L, d): the tokens of one caption."""
-        return np.array(self.tokens[self.offsets[caption]:self.offsets[caption + 1]])
+    def open(self, name):
+        """The three arrays of a part."""
+        folder = os.path.join(self.folder, name)
+        try:
+            tokens, offsets, caption_of = (np.load(os.path.join(folder, f"{file}.npy"), mmap_mode="r")
+                                           for file in ("tokens", "offsets", "caption_of"))
+            if (tokens.shape != (offsets[-1], self.width) or len(caption_of) != self.parts[name] + 1
+                    or caption_of[-1] != len(offsets) - 2):
+                raise ValueError("its files do not fit each other")
+        except Exception as e:                          # numpy raises half a dozen kinds
+            whole = f" {self.folder}/meta.json" if name else ""
+            raise UserError(f"{folder} is damaged ({e}): rm -r {folder}{whole}, and encode again")
+        return tokens, offsets, caption_of
+
+    def row(self, i, draw=0):
+        """float16 (L, d): the tokens of a caption of picture i, the first or another one, by any number."""
+        number = np.searchsorted(self.ends, i, "right")
+        tokens, offsets, caption_of = self.part(name := self.names[number])
+        place = i - self.ends[number] + self.parts[name]
+        first, end = caption_of[place:place + 2].tolist()
+        caption = first + draw % (end - first)
+        return np.array(tokens[offsets[caption]:offsets[caption + 1]])
 
     def rows(self, index, draw):
         """Of each picture one of its captions, which one by a random number: index, draw (B,) -> [float16 (L, d)]."""
-        first, end = self.caption_of[index], self.caption_of[index + 1]
-        return [self.row(m) for m in first + (draw % (end - first).astype(np.uint64)).astype(np.int64)]
+        return [self.row(i, d) for i, d in zip(index.tolist(), draw.tolist())]
 
 
 def pad(rows):
@@ -1738,7 +1787,7 @@ class Batches(torch.utils.data.Dataset):
             index[here] = permutation(self.seed, int(e), self.n)[place[here]]
 
         order = np.argsort(index)                       # the disk is read in one direction
-        taken, index[order] = self.pictures.take(index[order])
+        taken, index[order] = self.pictures.take(index[order], self.n)
         x = np.empty_like(taken)
         x[order] = taken
         if self.flip:
@@ -1822,17 +1871,24 @@ def export(name, data_dir, out, limit):
 
 
 def encode_command(name, data_dir, encoder, limit):
+    """Under torchrun the processes share the shards of a set; any other is the first one's."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    pictures = open_or_prepare(captioned_name(name), data_dir)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = captioned_name(name)
+    if rank > 0 and name in NO_SOURCE:                  # which the first may be drawing
+        return
+    pictures = open_or_prepare(name, data_dir)
     if pictures.captions is None:
         raise UserError(f"{name} has no captions to encode")
     folder = text_folder(pictures.folder, encoder)
-    if not encode_set(pictures, load_encoder(encoder), limit):
+    if not encode_set(pictures, load_encoder(encoder), limit, rank, world):
         return print(f"{folder} is there already: nothing to do")
-    meta, size = read_meta(folder, FEATURES), os.path.getsize(os.path.join(folder, "tokens.npy"))
-    print(f"{folder}: {meta['captions']:,} captions of {meta['n']:,} pictures, {meta['tokens']:,} tokens, "
-          f"{size:,} bytes")
+    if meta := read_meta(folder, FEATURES):
+        print(f"{folder}: {meta['captions']:,} captions of {meta['n']:,} pictures, {meta['tokens']:,} tokens, "
+              f"{2 * meta['tokens'] * meta['width']:,} bytes")
+    else:
+        print(f"{folder}: process {rank} of {world} is through its shards, others are not yet")
 
 
 class Parser(argparse.ArgumentParser):

@@ -482,7 +482,7 @@ def grid_text(pictures, features, n):
     chosen = [i % features.n for i in (data.spread(range(features.n), n) if n < features.n else range(n))]
     return dict(encoder=features.encoder, width=features.width, null=torch.from_numpy(features.null),
                 captions=[pictures.captions[i][0] for i in chosen],
-                rows=[torch.from_numpy(features.row(features.caption_of[i])) for i in chosen])
+                rows=[torch.from_numpy(features.row(i)) for i in chosen])
 
 
 @torch.no_grad()
@@ -562,7 +562,8 @@ def main():
     # data: rank 0 prepares a built-in set on first use, the others wait
     if main_rank and source in data.BUILT_IN:
         data.prepare(source, config.data_dir)
-    if main_rank and config.encoder == "words":                     # others were there, or find_encoder had complained
+    words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
+    if main_rank and config.encoder == "words" and not words.exists():     # others were, or find_encoder had complained
         data.encode_set(data.open_set(source, config.data_dir), data.Words())
     if world > 1:
         dist.barrier(patient)

@@ -16,6 +16,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from PIL import Image
 
 import data
 import train
-from conftest import need
+from conftest import command, need
 from test_data import COLOURS, colours_of, files_in, quarters, terminal         # noqa: F401 (terminal is a fixture)
 
 RED, BLUE = (250, 10, 20), (20, 30, 240)
@@ -204,13 +205,13 @@ def opened(name, src, data_dir, **how):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """trained(name, out) trains a tiny network for three steps, in this process."""
-    def run(name, out):
+    """trained(name, out, "--lr", ...) trains a tiny network for three steps, in this process."""
+    def run(name, out, *flags):
         size = data.describe(name, "datasets")["size"]
         net = json.dumps(dict(patch_size=size // 4, dim=32, depth=3, heads=2))
         monkeypatch.setattr(sys, "argv", ["train.py", "--model", "uvit", "--data", name, "--out", out, "--net", net,
                                           *"--steps 3 --batch 4 --samples 2 --sample-steps 1 --device cpu "
-                                           "--dtype float32 --workers 0".split()])
+                                           "--dtype float32 --workers 0".split(), *flags])
         handlers = [(sig, signal.getsignal(sig)) for sig in (signal.SIGINT, signal.SIGTERM)]
         try:
             train.main()
@@ -514,6 +515,170 @@ def test_without_lmdb_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "data.mdb").touch()
     with pytest.raises(data.UserError, match="pip install lmdb"):
         opened("church256", tmp_path, tmp_path / "sets")
+
+
+# ---- text features of shards ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def captioned(tmp_path, monkeypatch):
+    """captioned("set") is the set "set" of two good shards of three, encoded in chunks of two; the captions of all."""
+    monkeypatch.setattr(data, "CHUNK", 2)
+    (tmp_path / "published").mkdir()
+    src = shards(tmp_path / "published", spoil=False)
+    return lambda name: opened(name, src, tmp_path / "datasets", size=32)
+
+
+def encoded_files(pictures):
+    folder = Path(pictures.folder, "text/words")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def own_captions(pictures, features, chosen):
+    rows = features.rows(np.array(chosen), data.mix(0, np.arange(len(chosen))))
+    return all(map(np.array_equal, rows, data.encode(data.Words(), [pictures.captions[i][0] for i in chosen])))
+
+
+def test_features_of_shards_lie_apart_and_are_read_as_one(captioned):
+    pictures = captioned("whole")
+    assert data.encode_set(pictures, data.Words()) and not data.encode_set(pictures, data.Words())
+    parts = [f"{shard}/{file}" for shard in ("00000", "00001")
+             for file in ("caption_of.npy", "meta.json", "offsets.npy", "tokens.npy")]
+    assert sorted(encoded_files(pictures)) == [*parts, "meta.json"]
+    features = pickle.loads(pickle.dumps(data.Features(data.text_folder(pictures.folder, "words"))))
+    assert (features.encoder, features.width, features.n) == ("words", 256, 6)
+    assert own_captions(pictures, features, [5, 0, 1, 4, 2, 3, 0])
+    assert np.array_equal(features.null, data.encode(data.Words(), [""])[0])
+
+
+def test_of_a_damaged_shard_a_line_says_how_to_encode_it_alone_again(captioned):
+    pictures = captioned("set")
+    data.encode_set(pictures, data.Words())
+    folder, whole = data.text_folder(pictures.folder, "words"), encoded_files(pictures)
+    Path(folder, "00001/offsets.npy").write_bytes(whole["00000/caption_of.npy"])
+    with pytest.raises(data.UserError, match="00001 is damaged .*: rm -r .*, and encode again") as damage:
+        data.Features(folder).row(5)
+    for path in str(damage.value).split("rm -r ")[1].split(",")[0].split():
+        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    assert sorted(encoded_files(pictures)) == [name for name in sorted(whole) if name.startswith("00000")]
+    data.encode_set(pictures, data.Words())
+    assert encoded_files(pictures) == whole
+    shutil.rmtree(folder)
+    with pytest.raises(data.UserError, match="holds no complete text features"):
+        data.Features(folder)
+
+
+class Dying(data.Words):
+    """Words that die when they have served so often."""
+
+    def __init__(self, breaths):
+        self.breaths = breaths
+
+    def vectors(self, tokens):
+        self.breaths -= 1
+        if self.breaths < 0:
+            raise KeyboardInterrupt
+        return super().vectors(tokens)
+
+
+def test_an_encode_killed_inside_of_a_shard_or_between_two_goes_on_to_the_same_bytes(captioned):
+    whole, pictures = captioned("whole"), captioned("killed")
+    data.encode_set(whole, data.Words())
+    for breaths in (1, 1, 2, 1):                # a shard asks three times: for two pictures, one picture, and ""
+        with pytest.raises(KeyboardInterrupt):
+            data.encode_set(pictures, Dying(breaths))
+    with pytest.raises(data.UserError, match="killed has no text features by t5; it has none"):
+        data.find_encoder("killed", os.path.dirname(pictures.folder), "t5")
+    first = Path(pictures.folder, "text/words/00000/meta.json").stat().st_mtime_ns
+    assert data.encode_set(pictures, Dying(2)), "more is done again than was lost"
+    assert encoded_files(pictures) == encoded_files(whole)
+    assert Path(pictures.folder, "text/words/00000/meta.json").stat().st_mtime_ns == first
+
+
+def test_processes_share_the_shards_and_the_last_one_declares_them_complete(captioned, tmp_path):
+    whole, shared, started = captioned("whole"), captioned("shared"), captioned("started")
+    data.encode_set(whole, data.Words())
+    data.encode_set(shared, data.Words(), rank=1, world=2)
+    assert {name.split("/")[0] for name in encoded_files(shared)} == {"00001"}
+    data.encode_set(shared, data.Words(), rank=0, world=2)
+    assert encoded_files(shared) == encoded_files(whole)
+    said = command("data.py", "encode", "started", "--encoder", "words", cwd=tmp_path, processes=2)
+    assert "6 captions of 6 pictures" in said and encoded_files(started) == encoded_files(whole)
+
+
+def test_a_limit_encodes_the_first_pictures_of_shards(captioned):
+    pictures = captioned("few")
+    data.encode_set(pictures, data.Words(), limit=4)
+    features = data.Features(data.text_folder(pictures.folder, "words"))
+    assert features.n == 4 and features.parts == {"00000": 3, "00001": 1}
+    assert own_captions(pictures, features, [3, 2, 1, 0])
+    with pytest.raises(data.UserError, match="already there, of 4 pictures by words.*rm -r"):
+        data.encode_set(pictures, data.Words())
+    captioned("one")
+    data.encode_command("one", os.path.dirname(pictures.folder), "words", 2)
+    assert data.Features(data.text_folder(data.set_folder("one", os.path.dirname(pictures.folder)), "words")).n == 2
+
+
+def test_an_encode_that_the_disk_cannot_hold_ends_after_its_first_pictures(captioned, monkeypatch):
+    pictures = captioned("large")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 8, 1))
+    with pytest.raises(data.UserError, match=r"has 1 bytes free and .* needs 5,120 more: try --limit"):
+        data.encode_set(pictures, data.Words())         # the first two have 5 tokens of 512 bytes, four are to come
+
+
+@pytest.mark.parametrize("world, says", [(1, "5,120 bytes and about 4.0 hours"),
+                                         (2, "2,560 bytes and about 1.0 hours")])
+def test_hours_and_bytes_are_told_after_the_first_pictures(world, says, captioned, monkeypatch, capsys):
+    clock = iter([0, 2 * 3600])                         # for two of six pictures; or of three here, three elsewhere
+    monkeypatch.setattr(data, "time", SimpleNamespace(time=lambda: next(clock)))
+    data.encode_set(captioned("large"), data.Words(), world=world)
+    assert f"{says} to go" in capsys.readouterr().out
+
+
+def test_few_of_many_shards_are_open_at_a_time(tmp_path):
+    names = [f"{i:05d}" for i in range(3 * data.OPEN_PARTS)]
+    for i, name in enumerate(names):
+        list(data.encode_part(tmp_path / name, [[f"number {i}"]], range(1), data.Words()))
+    write(tmp_path / "meta.json", json.dumps(dict(encoder="words", width=256, n=len(names),
+                                                  shards=dict.fromkeys(names, 1))))
+    features = data.Features(str(tmp_path))
+    rows = features.rows(np.arange(len(names)), np.zeros(len(names), np.uint64))
+    assert all(map(np.array_equal, rows, data.encode(data.Words(), [f"number {i}" for i in range(len(names))])))
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(maps) == 3 * data.OPEN_PARTS
+
+
+def test_what_stands_in_for_a_broken_picture_has_features_too(published, tmp_path):
+    pictures = opened("cc12m64", published(shards), tmp_path)
+    data.encode_set(pictures, data.Words(), limit=3)            # the third is broken, and the fourth has no features
+    batches = data.Batches(pictures, 3, range(3), 0, False, data.Features(data.text_folder(pictures.folder, "words")))
+    x, features, mask = batches[0]
+    assert sorted(round(int(level) / 40) for level in x[:, 0, 0, 0]) == [0, 0, 1]
+    assert sorted(mask.sum(1).tolist()) == [1, 4, 4], "a red thing, twice, and nothing"
+
+
+def test_two_ranks_with_two_workers_see_each_sample_once_an_epoch_with_its_own_caption(captioned):
+    pictures = captioned("set")
+    data.encode_set(pictures, data.Words())
+    text = data.Features(data.text_folder(pictures.folder, "words"))
+    own = data.encode(data.Words(), [pictures.captions[i][0] for i in range(6)])
+    seen = {0: [], 1: []}
+    for rank in range(2):
+        batches = data.Batches(pictures, 2, range(rank, 2, 2), 0, False, text)
+        for step, (x, features, mask) in enumerate(torch.utils.data.DataLoader(
+                batches, sampler=range(6), batch_size=None, num_workers=2)):            # two epochs
+            number = round(int(x[0, 0, 0, 0]) / 40)
+            assert np.array_equal(features[0][mask[0]], own[number])
+            seen[step // 3].append(number)
+    assert sorted(seen[0]) == sorted(seen[1]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_network_trains_on_the_captions_of_shards(captioned, tmp_path, monkeypatch, trained):
+    monkeypatch.chdir(tmp_path)
+    pictures = captioned("set")
+    data.encode_set(pictures, data.Words(), limit=5)
+    trained("set", "run", "--cond", "text")
+    text = data.read_checkpoint("run/ckpt.pt")["text"]
+    assert text["captions"] == ["a red thing", "<PERSON> at the sea"] and len(text["rows"][0]) == 4
 
 
 # ---- killed, full and changed ---------------------------------------------------------------------------------------

@@ -140,7 +140,8 @@ def test_features_come_back_as_they_were_encoded(captions):
     assert data.encode_set(pictures, data.Words()) and not data.encode_set(pictures, data.Words())
     features = pickle.loads(pickle.dumps(data.Features(data.text_folder(pictures.folder, "words"))))
     wanted = data.encode(data.Words(), [text for lines in texts for text in lines])
-    assert all(np.array_equal(features.row(i), row) for i, row in enumerate(wanted))
+    rows = [features.row(i, k) for i, lines in enumerate(texts) for k in range(len(lines))]
+    assert all(map(np.array_equal, rows, wanted)) and len(rows) == len(wanted)
     assert np.array_equal(features.null, data.encode(data.Words(), [""])[0])
     drawn = {len(features.rows(np.array([0]), data.mix(0, np.array([k]), data.CAPTION))[0]) for k in range(20)}
     assert drawn == {2, 4}, "one of its captions is never drawn"
