@@ -1476,7 +1476,9 @@ def open_set(name, data_dir):
 # that says so, so that none is without tokens.
 #
 # A set of tar shards has these files once a shard, in ENCODER/SHARD/, not beside the tars, where one may not be allowed
-# to write; and ENCODER/meta.json, about all of them, once the last is done.
+# to write; and ENCODER/meta.json, about all of them, once the last is done. Processes can share the work:
+#
+#     torchrun --nproc_per_node=8 -- data.py encode cc12m64 --encoder google/t5-v1_1-xxl
 
 MAX_TOKENS = 256                                        # the paper's context; what a caption has beyond is cut off
 CHUNK = 1000                                            # pictures; a killed encode loses no more than the last of these
