@@ -9,7 +9,8 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
 
 Time (and class, and the gist of a text) enter as scale and shift: of both norms of every Swin layer, of the second of
 every ResBlock; a text is also read word by word, by cross-attention after each Attn (places assumed, as ADM's).
-Against unet.py: Swin blocks in place of the encoder's ResBlocks, and convolutions that change the resolution. The
+Against unet.py: Swin blocks in place of the encoder's ResBlocks, convolutions that change the resolution, and by default
+global attention at 8 pixels too. ResBlock is word for word unet.py's, of which resampling inside is not used here. The
 paper's ablation is four arguments: encoder, decoder, skips, resample.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
 L tokens of a text.
@@ -303,7 +304,7 @@ class ASCEND(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # blocks a level (the decoder has one more)
-                 attn_sizes=(16, 8),        # map sizes, in pixels, at which global attention follows each block
+                 attn_sizes=(16, 8),        # map sizes in pixels where global attention follows each block, as in the middle
                  head_dim=64,               # channels per attention head
                  window=8,                  # side of a window; smaller maps are one window
                  encoder="swin",            # blocks of the encoder, 'swin' or 'conv': the ResBlocks of a U-Net
@@ -334,7 +335,7 @@ class ASCEND(nn.Module):
             text = [TextAttention(channels, head_dim, E)] if text_dim else []
             return [SpatialAttention(channels, head_dim), *text]
 
-        def attention_at(size, channels):               # none, at most sizes
+        def attention_at(size, channels):               # a list, empty except at attn_sizes
             return attention(channels) if size in attn_sizes else []
 
         # embeddings

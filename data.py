@@ -80,6 +80,14 @@ def run(main):
         sys.exit(2)
 
 
+def processes():
+    """(rank, world): the number of this process and how many there are, as torchrun says; (0, 1) without it."""
+    names = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    if not all(value.isdecimal() for value in names.values()) or int(names["RANK"]) >= int(names["WORLD_SIZE"]):
+        raise UserError(f"RANK and WORLD_SIZE of the environment make no sense: {names}; torchrun sets them")
+    return int(names["RANK"]), int(names["WORLD_SIZE"])
+
+
 def write_file(path, write):
     """write(f) fills a new binary file, which appears at path complete or not at all."""
     part = f"{path}.part"
@@ -131,7 +139,7 @@ def read_checkpoint(path):
 # Nothing here consumes a stream of random numbers. Each is a hash of where it is used, so that the
 # thousandth needs no 999 before it: a resumed run, or one with more workers, draws the same.
 
-SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes, so that no two share an address
+SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes; a training step has none
 
 
 def mix(*ints):
@@ -1345,7 +1353,18 @@ def read_lines(path):
     with open(path, "rb") as f:
         ends = np.cumsum(np.fromiter(map(len, f), np.int64))
     text = np.memmap(path, np.uint8, "r")
-    return Rows(len(ends), lambda i: json.loads(text[ends[i - 1] if i else 0:ends[i]].tobytes()))
+
+    def entry(i):
+        try:
+            found = json.loads(text[ends[i - 1] if i else 0:ends[i]].tobytes())
+        except ValueError:
+            found = None
+        if not isinstance(found, list) or not found or not all(isinstance(line, str) for line in found):
+            raise UserError(f"line {i + 1} of {path} is damaged: it should be a list of captions, as JSON; "
+                            f"rm -r {os.path.dirname(path)}, and prepare again")
+        return found
+
+    return Rows(len(ends), entry)
 
 
 class InPlace:
@@ -1876,7 +1895,7 @@ def encode_command(name, data_dir, encoder, limit):
     """Under torchrun the processes share the shards of a set; any other is the first one's."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes()
     name = captioned_name(name)
     if rank > 0 and name in NO_SOURCE:                  # which the first may be drawing
         return

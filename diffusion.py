@@ -1,4 +1,5 @@
-"""Gaussian diffusion in continuous time: schedules, the loss, guidance, time grids, three samplers.
+"""Gaussian diffusion in continuous time: schedules, clocks, the loss, guidance, time grids, three samplers; and, at the
+end, the device and the precision in which networks run.
 
     forward    x_t = alpha(t) x_0 + sigma(t) eps,   eps ~ N(0, I),   alpha^2 + sigma^2 = 1          (Eq. 1)
     learn      net(x_t, t, *cond) ~ eps   (or v = alpha eps - sigma x_0)                            (Eq. 4-5)
@@ -102,8 +103,8 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
 
     shift > 1 favours high noise (the time shift of Esser et al., arXiv 2403.03206, Eq. 23): shift / (1 + shift)
     becomes the median. spread < 1 gathers the times around it, as logit-normal ones are (same paper, Eq. 19).
-    The n are evenly spaced from a random start: losses differ so much over t that covering it evenly in every
-    batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
+    The n are not drawn one by one, but evenly spaced from a random start: losses differ so much over t that covering it
+    evenly in every batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
     odds = shift * (u / (1 - u))**spread                # of t, the odds being t / (1 - t)
     return odds / (1 + odds)
@@ -142,7 +143,8 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
         out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
-    It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means."""
+    It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means. (For notebooks: no
+    command here has such a classifier.)"""
     def predict(x, t):
         t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         if not cond or scale == 1:
@@ -193,7 +195,8 @@ def carry(x, x0, t, s, schedule):
 def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x.
 
-    First order, and with fresh noise of size sqrt(beta) every step: it needs hundreds of them."""
+    First order, and with fresh noise of size sqrt(beta) every step, so beta must be small: on the linear schedule it is
+    up to 0.64 in 20 steps, and 0.02 in the paper's 1000."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
@@ -216,11 +219,13 @@ def ddim(denoise, x, times, schedule, noise=None):
 @torch.no_grad()
 def dpm(denoise, x, times, schedule, noise=None):
     """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): DDIM's step, with x0 extrapolated in lam from
-    the last two evaluations to the middle of the step. Second order, so twenty steps do."""
+    the last two evaluations to the middle of the step. Second order in steps of lam, so twenty do where
+    the network is good; what it does wrong at first, it cannot mend, as em's fresh noise can."""
     x0_last = None
     for t, s in zip(times[:-1], times[1:]):
         x0 = target = denoise(x, t)
         if x0_last is not None and s > 0:                       # first and last step are plain DDIM
+            # 1 / r of the paper's Alg. 2: this step by the last one
             r = (schedule.lam(s) - schedule.lam(t)) / (schedule.lam(t) - schedule.lam(t_last))
             target = x0 + (x0 - x0_last) * r / 2
         x = carry(x, target, t, s, schedule)
@@ -268,13 +273,14 @@ def pick_device(name):
 
 def autocast(device, dtype):
     """The context in which networks run: bfloat16 where asked, or by 'auto' where the hardware multiplies it
-    fast (CUDA; CPUs with AMX tiles). Schedules, losses and samplers stay in float32."""
+    fast (CUDA; CPUs with AMX tiles). Schedules, losses and samplers stay in float32. On a CPU it also chooses, for the
+    whole process, how attention is computed."""
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     fast = device.type == "cuda" or (device.type == "cpu" and amx())
     if dtype == "float32" or (dtype == "auto" and not fast):
         return contextlib.nullcontext()
     if device.type == "cpu":
-        # despite their names these also choose the CPU's attention: two matrix products and a softmax, all in bf16, take
+        # despite the names these also choose the CPU's attention: two matrix products and a softmax, all in bf16, take
         # half the time, forwards and backwards, of its flash kernel, or of the same products in float32
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)

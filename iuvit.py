@@ -1,12 +1,12 @@
 """IU-ViT, the paper's improved U-ViT (arXiv 2212.13771, Sec. 4): a plain Vision Transformer with long skips.
-`diff uvit.py iuvit.py` lists the improvements: a rearrange-first head (starting at zero: assumed),
-depth-wise convolution in the FFN, text in cross-attention of its own instead of in the sequence, and an MLP that
-turns the plain cosines of time (with the gist of the text) into what the tokens need. The arguments head, ffn and
-text_attn take each of the first three back.
+`diff uvit.py iuvit.py` lists the improvements, all of them the paper's: a rearrange-first head (that it starts at zero
+is assumed), depth-wise convolution in the FFN, text in cross-attention of its own instead of in the sequence, and a
+vector of the text beside time (pooled by its mean: assumed), read by an MLP. The arguments head, ffn and text_attn take
+each of the first three back; JointAttention is the rival that separate attention is compared with.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
-                                              v                   [class, time, patch, patch, ..], but text:
-    6 blocks -------- each output is kept as a skip --------+     each block reads it by cross-attention
+                                              v                   [class or none, time, patch, patch, ..];
+    6 blocks -------- each output is kept as a skip --------+     text is read by each block, in cross-attention
       v                                                     |
     1 block in the middle                                   |
       v                                                     |
@@ -245,8 +245,8 @@ class IUViT(nn.Module):
             x = block(x, text, skips.pop())                                 # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
-        # Linear-first squeezes a token to p*p*C numbers before the convolution sees its neighbours; rearrange-first
-        # lays all D numbers out as an image of D/p^2 channels, and the convolution picks from 9 D/p^2 for each pixel.
+        # Linear-first squeezes a token to p*p*C numbers before the convolution sees its neighbours, which leaves it 9 C
+        # = 27 for a pixel; rearrange-first throws nothing away: an image of D/p^2 channels, 9 D/p^2 = 1152 for a pixel.
         x = self.to_pixels(x)                                               # (B, h*w, D); linear-first (B, h*w, p*p*C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)

@@ -44,6 +44,10 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
            "state_dict": "another program's checkpoint", "model": "another program's checkpoint"}
 
 
+KNOWN = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
+             clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
+
+
 def read(path, weights="ema"):
     """A checkpoint of train.py, or a published file of U-ViT or ADM -> (its config as a dict, its state_dict).
 
@@ -52,10 +56,15 @@ def read(path, weights="ema"):
     if "config" in whole:
         try:
             config = {"clock": "plain", **whole["config"]}
+            for key, allowed in KNOWN.items():
+                if config[key] not in allowed:
+                    raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
+            if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
+                raise ValueError("its sample_steps, cfg and drop are not all numbers")
             if config["cond"] == "text":
                 config["text"] = {key: whole["text"][key] for key in ("encoder", "null", "captions", "rows")}
             return config, whole["ema" if weights == "ema" else "model"]
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, ValueError) as e:
             raise data.UserError(f"{path} does not fit this code: {e!r}")
     model, published = next((known for name, known in PUBLISHED.items() if name in whole), (None, None))
     if not published:
@@ -66,12 +75,12 @@ def read(path, weights="ema"):
     if weights == "raw":
         fail(f"{path} is a published file, which holds one set of weights: leave out --weights raw")
     try:
-        net, state, facts = published(whole)
+        arguments, state, facts = published(whole)
     except (ValueError, AssertionError, KeyError, IndexError, AttributeError) as e:
         reason = e if isinstance(e, (ValueError, AssertionError)) else f"it is damaged: {e!r}"
         raise data.UserError(f"{path} is no network that fits this code: {reason}")
-    size, classes = net.pop("img_size"), [str(i) for i in range(net.pop("num_classes"))]
-    return dict(model=model, net=net, data=Path(path).stem, cond="class" if classes else "none", **facts,
+    size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
+    return dict(model=model, net=arguments, data=Path(path).stem, cond="class" if classes else "none", **facts,
                 drop=0.1 if facts["has_null"] else 0.0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
                 info=dict(size=size, classes=classes, flip=True)), state
 
@@ -207,6 +216,7 @@ class Attention:
 
     def __init__(self, net, marked, size):                              # marked (B, L) bool
         self.maps, self.marked, self.size = torch.zeros(len(marked), size, size), marked, size
+        # by name, since each file of a network has a class of its own
         watched = [m for m in net.modules() if type(m).__name__ == "CrossAttention"]
         self.hooks = [m.register_forward_hook(self.watch) for m in watched]
         if not self.hooks:
@@ -214,7 +224,7 @@ class Attention:
 
     def watch(self, m, inputs, output):
         B = len(self.marked)
-        x, text, mask = (part[:B] for part in inputs)                   # guidance's other half reads nothing
+        x, text, mask = (part[:B] for part in inputs)                   # guidance's other half reads the null caption
         q, k = m.q(x), m.kv(text).chunk(2, dim=-1)[0]                   # (B, N, D), (B, L, D)
         q, k = (part.float().unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in (q, k))
         scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
@@ -304,7 +314,7 @@ def tell_score(pictures, y, prompts, kinds, how):
 
 def main():
     args = parse(sys.argv[1:])
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = data.processes()
     try:
         device = diffusion.pick_device(args.device)
     except ValueError as e:
@@ -347,6 +357,8 @@ def main():
         Path(args.npz or ".").parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".png" and out.is_dir() or args.npz and Path(args.npz).is_dir():
             fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
+        if args.npz and Path(args.npz).absolute() == out.absolute():
+            fail("--npz would overwrite --out: choose another name for one of them")
         asked = what_decides(path, args, prompts)
         if out.suffix != ".png" and any(out.iterdir()) and begun(out) != asked:
             fail(f"the folder {out} is not empty, and not of this very command: choose another --out, so that nothing is "

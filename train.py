@@ -6,7 +6,8 @@
     python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config below is a flag
     python train.py --init-from cifar10_uvit_small.pth --data cats   go on from weights, your own or published ones
 
-The same command again resumes from the run's checkpoint, on a CPU bit for bit; a larger --steps goes on from there.
+The same command again resumes from the run's checkpoint: on a CPU, with as many processes, bit for bit. A larger
+--steps goes on from there.
 """
 import argparse
 import copy
@@ -110,8 +111,8 @@ POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
         "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]     # in a resume
 
-# Minutes on a laptop. v prediction, the cosine schedule and times gathered around t = 0.6, because there outlines
-# are decided, and eps on the linear schedule hardly learns outlines in this time. Batch 16: every picture teaches about
+# Minutes on a laptop. v prediction and the cosine schedule, because eps on the linear one hardly learns outlines in
+# this time; times gathered around t = 0.6, because there outlines are decided. Batch 16: every picture teaches about
 # 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls to zero over the last
 # third, in which the U-Net's loss falls from 0.025 to 0.014. What then still fails are oblong squares and crosses with
 # crooked arms: large mistakes made early, which fresh noise mends and a deterministic path keeps. Scorer, U-Net, bf16:
@@ -175,7 +176,6 @@ PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
 SMALL = dict(beta2=0.999, warmup=2500)                                                  # U-ViT's on CIFAR-10
 WORKERS = dict(workers=8)                                                               # to decode pictures meanwhile
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
-TEXT_LEN = 256                                                                          # tokens, the paper's context
 TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # DDIM: paper
 ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
 DDIM64 = pyramid(128, [1, 2, 2, 2, 4], 2, [16], resample="conv")
@@ -290,6 +290,8 @@ def parse(argv):
     own = config.data == row["data"] and config.model == row["model"]
     text = "-text" if config.cond == "text" and row.get("cond") != "text" else ""       # beside a run of the same set
     config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{text}"
+    if not Path(config.out).name:
+        error(f"--out must name a folder of its own, not {config.out}")
 
     # is it sensible
     for field in dataclasses.fields(Config):
@@ -390,13 +392,14 @@ def build(config, info):
 
 def measure(config, info):
     """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two; a text
-    has all its TEXT_LEN tokens.
+    has data.MAX_TOKENS tokens.
 
     The forward has shapes but no numbers, so it finds what does not fit before a run has a folder."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
-        text = torch.zeros(1, TEXT_LEN, config.net.get("text_dim", 1)), torch.ones(1, TEXT_LEN, dtype=torch.bool)
+        L = data.MAX_TOKENS
+        text = torch.zeros(1, L, config.net.get("text_dim", 1)), torch.ones(1, L, dtype=torch.bool)
         cond = {"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}[config.cond]
         try:
             assert all(p.numel() for p in net.parameters()), "it has a layer of no width"
@@ -450,10 +453,19 @@ def open_run(config, info, fresh, main_rank):
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
         out.rename(aside)
         print(f"the old run is now {aside}")
-    ckpt = None
+    ckpt, old = None, None
     if (out / "ckpt.pt").exists() and not (fresh and not main_rank):
         ckpt = data.read_checkpoint(out / "ckpt.pt")
-        old = flat({**dataclasses.asdict(Config()), **ckpt["config"]})      # what it lacks was as the defaults are
+        old = ckpt["config"]
+    elif (out / "config.json").exists() and not fresh:                      # stopped before it saved, or not a run at all
+        try:
+            old = json.loads((out / "config.json").read_bytes())
+        except ValueError:
+            old = "not a run's"
+    if old is not None:
+        if not isinstance(old, dict) or not isinstance(old.get("info"), dict):
+            error(f"the config of {out} is not that of a run: choose another --out")
+        old, asked = flat({**dataclasses.asdict(Config()), **old}), json.loads(json.dumps(asked))
         changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                    if k not in FREE and old.get(k) != v]
         if changed:
@@ -471,8 +483,8 @@ def open_run(config, info, fresh, main_rank):
 def keep_log(path, step):
     """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
     if path.exists():
-        head, *rows = path.read_text().splitlines() or [""]
-        kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
+        head, *rows = path.read_text(errors="replace").splitlines() or [""]
+        kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
         data.write_file(path, lambda f: f.write("".join(line + "\n" for line in [head, *kept]).encode()))
 
 
@@ -540,7 +552,7 @@ def main():
         return
 
     # processes: one by default, or as many as torchrun started
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = data.processes()
     main_rank = rank == 0
     if config.batch % (world * config.accum):
         unit = world * config.accum

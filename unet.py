@@ -179,7 +179,7 @@ class UNet(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # ResBlocks a level (the decoder has one more)
-                 attn_sizes=(16,),          # map sizes, in pixels, at which attention follows each ResBlock
+                 attn_sizes=(16,),          # map sizes in pixels where attention follows each ResBlock, as in the middle
                  head_dim=64,               # channels per attention head
                  resample="resblock",       # 'resblock' (ADM, BigGAN) or 'conv' (DDPM)
                  dropout=0.1,
@@ -201,7 +201,7 @@ class UNet(nn.Module):
             text = [TextAttention(channels, head_dim, E)] if text_dim else []
             return [SpatialAttention(channels, head_dim), *text]
 
-        def attention_at(size, channels):               # none, at most sizes
+        def attention_at(size, channels):               # a list, empty except at attn_sizes
             return attention(channels) if size in attn_sizes else []
 
         # embeddings

@@ -1,8 +1,9 @@
 """U-ViT, a plain Vision Transformer with U-Net's long skips (Bao et al., arXiv 2209.12152), as published.
-It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`.
+It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`, but for what
+follows class UViT, which reads the weights that U-ViT's authors have published.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
-                                              v                   [class, time, text .., patch, patch, ..]
+                                              v                   [class or none, time, text .., patch, ..]
     6 blocks -------- each output is kept as a skip --------+
       v                                                     |
     1 block in the middle                                   |
@@ -92,7 +93,7 @@ class UViT(nn.Module):
                  heads=8,
                  num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
                  text_dim=0,                # > 0: conditional on text, given as features of this width
-                 text_len=77):              # places for text in the sequence; longer texts are cut
+                 text_len=77):              # places for text in the sequence, as published; longer texts are cut
         super().__init__()
         assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
         assert depth % 2 == 1 and depth > 0, f"depth {depth} counts the middle block, so it is odd"

@@ -72,7 +72,7 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
     schedule = diffusion.SCHEDULES[config.schedule]
     with device:
         x, t, eps = torch.randn(batch, 3, S, S), torch.rand(batch), torch.randn(batch, 3, S, S)
-        text = torch.randn(batch, train.TEXT_LEN, config.net.get("text_dim", 1)), torch.ones(batch, train.TEXT_LEN) > 0
+        text = torch.randn(batch, data.MAX_TOKENS, config.net.get("text_dim", 1)), torch.ones(batch, data.MAX_TOKENS) > 0
         cond = {"none": (), "class": (torch.zeros(batch, dtype=torch.int64),), "text": text}[config.cond]
 
     def step():

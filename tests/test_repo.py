@@ -194,7 +194,8 @@ def test_the_readme_shows_how_it_is_used():
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_of_the_readme_parses(words, prepared_sets):
-    words = [word for word in words[1:] if not word.startswith("--nproc_per_node=") and word != "--"]
+    launch = ("--nproc_per_node=", "--nnodes=", "--rdzv_", "--max-restarts=")
+    words = [word for word in words[1:] if not word.startswith(launch) and word != "--"]
     if words[0] == "-m":
         assert words[1] in ("pytest", "venv"), f"python -m {words[1]}?"
         return
