@@ -91,6 +91,8 @@ def processes():
 def write_file(path, write):
     """write(f) fills a new binary file, which appears at path complete or not at all."""
     part = f"{path}.part"
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"cannot write {path}: it is no ordinary file")       # a replaced /dev/null would be missed
     try:
         with open(part, "wb") as f:
             write(f)

@@ -765,6 +765,13 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path):
     assert files_in(tmp_path) == ["ckpt.pt"] and (tmp_path / "ckpt.pt").read_bytes() == b"the old one"
 
 
+def test_what_is_no_ordinary_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")                                                # /dev/null is one, too
+    with pytest.raises(OSError, match="no ordinary file"):
+        data.write_file(tmp_path / "pipe", lambda f: f.write(b"gone"))
+    assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 class Malice:
     def __reduce__(self):
         return os.mkdir, ("pwned",)
