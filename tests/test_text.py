@@ -270,7 +270,8 @@ def test_a_caption_is_the_same_picture_whatever_stands_beside_it(drawn):
     alone, _ = drawn("--prompt", "a red circle", "--n", 1)
     beside, _ = drawn("--prompt", "a red circle", "very " * 60 + "long", "--n", 2)        # padded to 64 tokens, not 8
     assert abs(alone[0].astype(int) - beside[0]).max() <= 2
-    assert abs(beside[0].astype(int) - drawn("--prompt", "a blue square", "x", "--n", 2)[0][0]).max() > 0
+    red, blue = (drawn("--prompt", prompt, "--n", 1, "--cfg", 50)[0] for prompt in ("a red circle", "a blue square"))
+    assert abs(red.astype(int) - blue).max() > 0                # strong guidance: the network is tiny, and hardly trained
 
 
 @pytest.mark.parametrize("prompt", ['say "hi" to it\'s', "😀 🎈", "Привет 日本語 عربى", "", " ", "red " * 5000, "a\nb"])
