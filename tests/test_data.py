@@ -568,7 +568,7 @@ class Numbered:
     def __len__(self):
         return len(self.images)
 
-    def take(self, index):
+    def take(self, index, n):
         return self.images[index], index
 
 
