@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from PIL import Image
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -563,9 +564,15 @@ def main():
     except ValueError as e:
         error(e)
     if world > 1:
+        # torchrun keeps one store for all its restarts, in which a new group would find the addresses of the dead one:
+        # on one node each restart has keys of its own (nodes count their restarts each for itself: see the README)
+        timeout = datetime.timedelta(seconds=config.timeout)
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # collectives give up after --timeout; but rank 0 may be downloading, for which the others are patient
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(seconds=config.timeout))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timeout)
         patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32

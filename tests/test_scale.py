@@ -34,8 +34,8 @@ def torchrun(*args, cwd, **popen):
 
 
 def test_torchrun_replaces_a_process_that_dies_and_the_run_goes_on_by_itself(datasets, tmp_path):
-    """Also if the new processes wait for each other in vain, as gloo's now and then do: then they time out, and are
-    replaced in turn."""
+    """The new processes must not look for the old ones, whose addresses are still in torchrun's store: without keys of
+    their own, every second time they waited for each other in vain."""
     driver = tmp_path / "driver.py"
     driver.write_text(DIES_ONCE_AT_STEP_3)
     argv = [*flags_of("uvit", datasets, "run"), "--steps", 6, "--save-every", 1, "--timeout", 20]
