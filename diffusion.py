@@ -271,13 +271,24 @@ def pick_device(name):
     return torch.device(name)
 
 
+def fast_bfloat16(device):
+    """Whether it multiplies bfloat16 faster than float32: CUDA does, and CPUs with AMX tiles, or with AVX512-BF16 if they
+    are AMD's (without AMX, Intel's do no more of these products a second than of float32)."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",
+                                                                       "_is_avx512_bf16_supported"))
+    if amx or not avx or not os.path.exists("/proc/cpuinfo"):
+        return amx
+    with open("/proc/cpuinfo") as f:
+        return "AuthenticAMD" in f.read()
+
+
 def autocast(device, dtype):
-    """The context in which networks run: bfloat16 where asked, or by 'auto' where the hardware multiplies it
-    fast (CUDA; CPUs with AMX tiles). Schedules, losses and samplers stay in float32. On a CPU it also chooses, for the
-    whole process, how attention is computed."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    fast = device.type == "cuda" or (device.type == "cpu" and amx())
-    if dtype == "float32" or (dtype == "auto" and not fast):
+    """The context in which networks run: bfloat16 where asked, or by 'auto' where the device multiplies it fast.
+    Schedules, losses and samplers stay in float32. On a CPU it also chooses, for the whole process, how attention is
+    computed."""
+    if dtype == "float32" or (dtype == "auto" and not fast_bfloat16(device)):
         return contextlib.nullcontext()
     if device.type == "cpu":
         # despite the names these also choose the CPU's attention: two matrix products and a softmax, all in bf16, take

@@ -12,7 +12,7 @@ import diffusion
 from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, WindowAttention
 from conftest import TINY
 from iuvit import CrossAttention, IUViT
-from unet import SpatialAttention, UNet, group_norm, timestep_embedding
+from unet import GroupNorm, SpatialAttention, UNet, timestep_embedding
 from uvit import Attention, UViT
 
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
@@ -301,7 +301,7 @@ def test_timestep_embedding_is_what_a_pocket_calculator_says(precision):
 @pytest.mark.parametrize("channels, groups", [
     (256, 32), (128, 32), (96, 16), (64, 16), (40, 8), (32, 8), (6, 1), (3, 1)])
 def test_group_norm_has_32_groups_or_fewer_of_at_least_four_channels(channels, groups):
-    assert group_norm(channels).num_groups == groups
+    assert GroupNorm(channels).num_groups == groups
 
 
 @pytest.mark.parametrize("model", ["uvit", "iuvit"])

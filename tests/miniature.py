@@ -1,0 +1,318 @@
+"""The paper in miniature: what it claims, put to small tests on drawn shapes. A script, hours for all of it on two cores.
+
+    python tests/miniature.py                     everything that is not there yet, one run on each core; then the tables
+    python tests/miniature.py head-ffn text       some of the experiments
+    python tests/miniature.py --tables            no runs, only tables and figures of those that are finished
+
+A run is a command of train.py and lies in runs/miniature/; killed, it goes on where it was. All runs of an experiment
+spend equal numbers of floating-point operations on training (a step counts as three forwards), so that a larger network
+takes fewer steps. What is compared is the loss on pictures that no training has seen, and what the scorer of data.py
+makes of samples. The tables go into README.md, between the comments that name them, and the figures into assets/.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import data
+import diffusion
+import sample
+import train
+
+# ---- what is tried -----------------------------------------------------------------------------------------
+
+TERAFLOPS = 12          # of training, a run: two to four minutes of one core
+FOLDER = ROOT / "runs" / "miniature"
+LONG_RUN = ROOT / "runs" / "unet-shapes" / "ckpt.pt"        # of `python train.py`: the experiments with sampling
+
+
+def net(**changes):
+    return ["--net", json.dumps(changes)]
+
+
+# name of a run -> flags of train.py. Several experiments may show the same run
+RUNS = {
+    "unet":             ["--preset", "unet-shapes"],
+    "uvit":             ["--preset", "uvit-shapes"],
+    "iuvit":            ["--preset", "iuvit-shapes"],
+    "ascend":           ["--preset", "ascend-shapes"],
+
+    "iuvit-linear":     ["--preset", "iuvit-shapes", *net(head="linear")],
+    "iuvit-mlp":        ["--preset", "iuvit-shapes", *net(ffn="mlp")],
+    "iuvit-linear-mlp": ["--preset", "iuvit-shapes", *net(head="linear", ffn="mlp")],
+
+    "text-separate":    ["--preset", "iuvit-shapes-text"],
+    "text-concat":      ["--preset", "iuvit-shapes-text", *net(text_attn="concat")],
+
+    "ascend-conv-conv": ["--preset", "ascend-shapes", *net(encoder="conv")],
+    "ascend-swin-swin": ["--preset", "ascend-shapes", *net(decoder="swin")],
+    "ascend-conv-swin": ["--preset", "ascend-shapes", *net(encoder="conv", decoder="swin")],
+    "ascend-no-skips":  ["--preset", "ascend-shapes", *net(skips=False)],
+    "ascend-merge":     ["--preset", "ascend-shapes", *net(resample="merge")],
+
+    "unet-eps":         ["--preset", "unet-shapes", "--prediction", "eps"],
+    "unet-linear":      ["--preset", "unet-shapes", "--schedule", "linear"],
+    "unet-eps-linear":  ["--preset", "unet-shapes", "--prediction", "eps", "--schedule", "linear"],
+
+    "iuvit-p8":         ["--preset", "iuvit-shapes", *net(patch_size=8)],
+    "iuvit-p8-wide":    ["--preset", "iuvit-shapes", *net(patch_size=8, dim=384, heads=6)],
+    "iuvit-p4-narrow":  ["--preset", "iuvit-shapes", *net(dim=96, heads=3)],
+}
+
+# name of an experiment -> number of seeds, {what a row is called: its run}
+EXPERIMENTS = {
+    "head-ffn": (3, {"rearrange first, depth-wise (the paper's)": "iuvit", "linear first, depth-wise": "iuvit-linear",
+                     "rearrange first, plain MLP": "iuvit-mlp", "linear first, plain MLP": "iuvit-linear-mlp"}),
+    "backbones": (3, {"U-Net": "unet", "U-ViT": "uvit", "IU-ViT": "iuvit", "ASCEND": "ascend"}),
+    "text": (3, {"separate (the paper's)": "text-separate", "concatenated": "text-concat"}),
+    "ascend": (3, {"Swin encoder, conv decoder (the paper's)": "ascend", "conv encoder, conv decoder": "ascend-conv-conv",
+                   "Swin encoder, Swin decoder": "ascend-swin-swin", "conv encoder, Swin decoder": "ascend-conv-swin",
+                   "without skips": "ascend-no-skips", "patch merging and expanding": "ascend-merge"}),
+    "prediction": (1, {"v, cosine": "unet", "v, linear": "unet-linear", "eps, cosine": "unet-eps",
+                       "eps, linear (the paper's)": "unet-eps-linear"}),
+    "patch": (1, {"patch 4, width 192": "iuvit", "patch 8, width 192": "iuvit-p8", "patch 8, width 384": "iuvit-p8-wide",
+                  "patch 4, width 96": "iuvit-p4-narrow"}),
+}
+
+# sampling from LONG_RUN: name of an experiment -> {what a row is called: flags of sample.py}
+SAMPLING = {
+    "samplers": {f"{sampler}, {steps}": ["--sampler", sampler, "--steps", steps, "--cfg", 1]
+                 for sampler, counts in dict(dpm=(5, 10, 20, 50), ddim=(5, 10, 20, 50, 100),
+                                             em=(20, 50, 100, 250, 1000)).items() for steps in counts},
+    "guidance": {f"guidance {scale}": ["--cfg", scale] for scale in (1, 1.5, 2, 3, 5)},
+}
+SHOWN, SCORED = 10, 96                                      # samples in a figure, and in a score
+
+
+# ---- one run -------------------------------------------------------------------------------------------------
+
+def command(run, seed):
+    """The command line of a run, and the facts of its row."""
+    data.MAX_TOKENS = 16                                    # as long as captions of shapes get: what text costs here
+    config, _, _ = train.parse(RUNS[run])
+    info = data.describe(data.captioned_name(config.data) if config.cond == "text" else config.data, config.data_dir)
+    params, flops = train.measure(config, info)
+    steps = round(TERAFLOPS * 1e12 / (3 * flops * config.batch))
+    argv = [*RUNS[run], "--seed", seed, "--steps", steps, "--out", FOLDER / f"{run}-{seed}",
+            "--sample-every", max(1, steps // 6), "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2]
+    return list(map(str, argv)), dict(params=params, gflops=flops / 1e9, steps=steps)
+
+
+def held_out(config, n=512):
+    """Pictures that no training has seen, float (n, 3, 32, 32), and their conditions, as a network takes them."""
+    index = range(data.SHAPE_COUNT, data.SHAPE_COUNT + n)
+    if config["cond"] == "class":
+        pictures, labels = data.draw_shapes(np.array(index), 32)
+        cond = (torch.from_numpy(labels),)
+    else:
+        scenes = [data.draw_scene(i) for i in index]
+        pictures = np.stack([data.paint(grey, objects, 32) for grey, objects, _ in scenes])
+        features, mask = data.pad(data.encode(data.Words(), [caption for *_, caption in scenes]))
+        cond = (features.float(), mask)
+    return torch.from_numpy(pictures).float() / 127.5 - 1, cond
+
+
+@torch.no_grad()
+def losses_of(network, config):
+    """The mean loss in each quarter of t, on held-out pictures with the same noise for all."""
+    x0, cond = held_out(config)
+    t = (torch.arange(len(x0)) + 0.5) / len(x0)
+    t = t[torch.randperm(len(x0), generator=torch.Generator().manual_seed(0))]          # no picture's number tells its t
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    schedule = diffusion.SCHEDULES[config["schedule"]]
+    parts = [diffusion.loss(network, *(p[i:i + 64] for p in (x0, t, eps)), schedule, config["prediction"],
+                            [c[i:i + 64] for c in cond]) for i in range(0, len(x0), 64)]
+    return [torch.cat(parts)[(t * 4).long() == quarter].mean().item() for quarter in range(4)]
+
+
+def score_of(file):
+    """What `sample.py --npz` wrote -> {kind of picture: percent}."""
+    with np.load(file) as arrays:
+        pictures, asked = arrays["arr_0"].transpose(0, 3, 1, 2), arrays["arr_1"]
+    if asked.dtype.kind == "i":
+        score = data.score_shapes(pictures, asked)
+        return {key: score[key] for key in ("both", "shape", "colour")}
+    _, kinds = data.asked_scenes(len(asked))
+    scores = {kind: data.score_captions(*zip(*[(p, a) for p, a, k in zip(pictures, asked, kinds) if k == kind]))
+              for kind in dict.fromkeys(kinds)}
+    return {f"{kind}: {key}": score[key] for kind, score in scores.items() for key in ("all", "colour", "shape")}
+
+
+def call(script, *argv):
+    subprocess.run([sys.executable, ROOT / script, *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+
+
+def train_and_judge(run, seed):
+    """Train, sample, score: writes result.json into the run's folder."""
+    argv, facts = command(run, seed)
+    out = FOLDER / f"{run}-{seed}"
+    if not (out / "ckpt.pt").exists() or data.read_checkpoint(out / "ckpt.pt")["step"] < facts["steps"]:
+        call("train.py", *argv)
+    network, config = sample.load(out / "ckpt.pt")
+    facts["minutes"] = data.read_checkpoint(out / "ckpt.pt")["seconds"] / 60
+    facts["loss"] = losses_of(network, config)
+    ask = ["--prompt", *data.asked_scenes(SCORED)[0]] if config["cond"] == "text" else []
+    call("sample.py", "--ckpt", out / "ckpt.pt", "--n", SCORED, *ask, "--npz", out / "samples.npz", "--out",
+         out / "samples.png")
+    facts["score"] = score_of(out / "samples.npz")
+    data.write_file(out / "result.json", lambda f: f.write(json.dumps(facts, indent=1).encode()))
+
+
+def draw_and_judge(name, label):
+    """Sample from the long run and score: writes a .json into the folder of runs."""
+    file = FOLDER / f"{name}-{label}"
+    start = time.time()
+    call("sample.py", "--ckpt", LONG_RUN, "--n", SCORED, *SAMPLING[name][label], "--npz", f"{file}.npz", "--out",
+         f"{file}.png")
+    facts = dict(score=score_of(f"{file}.npz"), minutes=(time.time() - start) / 60)
+    data.write_file(Path(f"{file}.json"), lambda f: f.write(json.dumps(facts, indent=1).encode()))
+
+
+# ---- tables and figures ----------------------------------------------------------------------------------------
+
+def read(file):
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def mean(numbers, form="{:.1f}"):
+    """Mean and standard deviation over seeds, as text."""
+    spread = f" ± {form.format(np.std(numbers, ddof=1))}" if len(numbers) > 1 else ""
+    return form.format(np.mean(numbers)) + spread
+
+
+def results(rows, seeds):
+    """{row: [result of each seed]} of the rows whose seeds are all finished."""
+    found = {row: [read(FOLDER / f"{run}-{seed}" / "result.json") for seed in range(seeds)] for row, run in rows.items()}
+    return {row: each for row, each in found.items() if None not in each}
+
+
+def table(name):
+    """Markdown, a list of lines; empty if nothing is finished."""
+    if name in SAMPLING:
+        found = {label: read(FOLDER / f"{name}-{label}.json") for label in SAMPLING[name]}
+        lines = ["| sampler, evaluations | shape and colour as asked |" if name == "samplers" else
+                 "| | shape and colour as asked |", "|---|---|"]
+        return lines + [f"| {label} | {r['score']['both']:.1f}% |" for label, r in found.items() if r] if any(
+            found.values()) else []
+    seeds, rows = EXPERIMENTS[name]
+    found = results(rows, seeds)
+    if not found:
+        return []
+    keys = list(next(iter(found.values()))[0]["score"])
+    keys = [key for key in keys if not key.startswith("held-out")] if len(keys) > 3 else keys
+    titles = dict(both="shape and colour right, %", shape="shape", colour="colour")
+    head = ["", "parameters", "steps", "minutes", *(f"loss, t < {t}" for t in ("¼", "½", "¾", "1")),
+            *(titles.get(key, key) for key in keys)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row, each in found.items():
+        cells = [row, f"{each[0]['params'] / 1e6:.1f}M", f"{each[0]['steps']:,}", f"{np.mean([r['minutes'] for r in each]):.1f}",
+                 *(mean([r["loss"][q] for r in each], "{:.4f}") for q in range(4)),
+                 *(mean([r["score"][key] for r in each]) for key in keys)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def figure(name):
+    """For each row its samples of seed 0, all from the same noises, and the loss of every seed as a dot."""
+    seeds, rows = EXPERIMENTS[name]
+    found = results(rows, seeds)
+    if not found:
+        return
+    W, H, left, right = 34 * SHOWN, 38, 250, 260
+    sheet = Image.new("RGB", (left + W + right, H * len(found) + 26), "white")
+    draw = ImageDraw.Draw(sheet)
+    # the loss at 1/4 < t < 3/4, where outlines are decided, on a logarithmic axis
+    losses = {row: [np.mean(r["loss"][1:3]) for r in each] for row, each in found.items()}
+    every = np.concatenate(list(losses.values()))
+    low, high = np.log(every.min() * 0.9), np.log(every.max() * 1.1)
+    for i, (row, values) in enumerate(losses.items()):
+        y = i * H
+        draw.text((4, y + 12), row, "black")
+        pictures = np.load(FOLDER / f"{rows[row]}-0" / "samples.npz")["arr_0"][:SHOWN].transpose(0, 3, 1, 2)
+        strip = data.grid(pictures, SHOWN)
+        sheet.paste(strip, (left - 2, y))
+        draw.line((left + W + 10, y + 18, left + W + right - 10, y + 18), (220, 220, 220))
+        for value in values:
+            x = left + W + 20 + (right - 40) * (np.log(value) - low) / (high - low)
+            draw.ellipse((x - 4, y + 14, x + 4, y + 22), (210, 90, 30))
+    for value in (every.min(), every.max()):
+        x = left + W + 20 + (right - 40) * (np.log(value) - low) / (high - low)
+        draw.text((x - 15, H * len(found) + 2), f"{value:.3f}", "black")
+    draw.text((left + W + 75, H * len(found) + 14), "loss at 1/4 < t < 3/4", "black")
+    sheet.save(ROOT / "assets" / f"miniature-{name}.png")
+
+
+def write_tables():
+    """Put every table that has a row between its comments in README.md, and draw its figure."""
+    file = ROOT / "README.md"
+    text = file.read_text()
+    for name in [*EXPERIMENTS, *SAMPLING]:
+        lines, comments = table(name), rf"(<!-- miniature {name} -->\n).*?(<!-- end -->)"
+        if not lines:
+            continue
+        print("", f"{name}:", *lines, sep="\n")
+        text = re.sub(comments, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.DOTALL)
+        if name in EXPERIMENTS:
+            figure(name)
+    data.write_file(file, lambda f: f.write(text.encode()))
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("names", nargs="*", help="of experiments: " + ", ".join([*EXPERIMENTS, *SAMPLING]))
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core (1 for a GPU)")
+    p.add_argument("--tables", action="store_true", help="only write tables and figures")
+    p.add_argument("--do", nargs=2, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if unknown := [name for name in args.names if name not in {**EXPERIMENTS, **SAMPLING}]:
+        raise data.UserError(f"no experiment {unknown[0]!r}; there are: {', '.join([*EXPERIMENTS, *SAMPLING])}")
+    if args.do:
+        name, which = args.do
+        return train_and_judge(name, int(which)) if name in RUNS else draw_and_judge(name, which)
+
+    # what is to be done, in the order of the experiments; each job in a process of its own
+    names, todo = args.names or [*EXPERIMENTS, *SAMPLING], {}
+    for name in [] if args.tables else names:
+        if name in SAMPLING:
+            if not LONG_RUN.exists():
+                raise data.UserError(f"the experiments with sampling draw from {LONG_RUN}: run `python train.py` first")
+            todo.update({(name, label): FOLDER / f"{name}-{label}.json" for label in SAMPLING[name]})
+        else:
+            seeds, rows = EXPERIMENTS[name]
+            todo.update({(run, str(seed)): FOLDER / f"{run}-{seed}" / "result.json"
+                         for seed in range(seeds) for run in rows.values()})
+    todo = [job for job, file in todo.items() if not file.exists()]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in ["shapes", "shapes-text"] if todo else []:  # before two runs do it at the same time
+        data.prepare(name, ROOT / "datasets")
+    words = data.text_folder(data.set_folder("shapes-text", ROOT / "datasets"), "words")
+    if todo and not Path(words, "meta.json").exists():
+        data.encode_set(data.open_set("shapes-text", ROOT / "datasets"), data.Words())
+
+    def work(job):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else None
+        done = subprocess.run([sys.executable, __file__, "--do", *job], cwd=ROOT, env=env, capture_output=True, text=True)
+        print(*job, "done" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, todo))
+    write_tables()
+
+
+if __name__ == "__main__":
+    data.run(main)
