@@ -133,6 +133,7 @@ def parse(argv):
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: a minute first, for many pictures")
     args = p.parse_args(argv)
     for name in ("n", "batch", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -285,7 +286,7 @@ def what_decides(path, args, prompts):
     """All that the pictures in a folder follow from, as JSON has it: the same command may go on with them later."""
     parts = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
     weights = [f"{part.filename} {part.CRC}" for part in parts] or [str(path)]
-    names = "n batch sampler steps cfg clip classes attend seed weights device dtype".split()
+    names = "n batch sampler steps cfg clip classes attend seed weights device dtype compile".split()
     asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, checkpoint=data.digest(weights))
     return json.loads(json.dumps(asked))
 
@@ -333,6 +334,10 @@ def main():
     for name, key in dict(sampler="sampler", steps="sample_steps").items():
         if getattr(args, name) is None:
             setattr(args, name, config[key])
+
+    if args.compile and args.attend:
+        fail("--attend watches the network from inside, which a compiled one does not allow: leave out --compile")
+    model = torch.compile(net) if args.compile else net
 
     # what is to be seen: image i shows prompt, or class, i mod their number
     prompts, kinds, size = prompts_of(args, config), None, config["info"]["size"]
@@ -385,7 +390,7 @@ def main():
             noise = diffusion.ImageNoise(data.image_seeds(args.seed, ids), (3, size, size), device)
             clip = args.clip or ("dynamic" if prompts and scale > 2 and config["clip"] == "static" else config["clip"])
             null = data.null_like(cond, null)
-            denoise = diffusion.denoiser(net, schedule, config["prediction"], cond, null, scale, clip)
+            denoise = diffusion.denoiser(model, schedule, config["prediction"], cond, null, scale, clip)
             look = contextlib.nullcontext()
             if args.attend:
                 look = Attention(net, marked[which[first:ids.stop], :cond[1].shape[1]].to(device), size)

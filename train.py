@@ -391,16 +391,15 @@ def build(config, info):
         error(f"{config.model} on {config.data}, {info['size']} pixels: {e}")
 
 
-def measure(config, info):
-    """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two; a text
-    has data.MAX_TOKENS tokens.
+def measure(config, info, tokens=data.MAX_TOKENS):
+    """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two, and a text
+    has so many tokens.
 
     The forward has shapes but no numbers, so it finds what does not fit before a run has a folder."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
-        L = data.MAX_TOKENS
-        text = torch.zeros(1, L, config.net.get("text_dim", 1)), torch.ones(1, L, dtype=torch.bool)
+        text = torch.zeros(1, tokens, config.net.get("text_dim", 1)), torch.ones(1, tokens, dtype=torch.bool)
         cond = {"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}[config.cond]
         try:
             assert all(p.numel() for p in net.parameters()), "it has a layer of no width"

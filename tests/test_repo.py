@@ -2,6 +2,7 @@
 import ast
 import fnmatch
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import data
+import miniature
 import sample
 import train
 from conftest import ROOT
@@ -214,3 +216,30 @@ def test_every_python_block_of_the_readme_compiles(text):
 def test_every_file_the_readme_shows_exists():
     shown = re.findall(r"\]\(((?!http|#)[^)]+)\)", (ROOT / "README.md").read_text())           # pictures and links
     assert not (missing := [path for path in shown if not (ROOT / path).exists()]), missing
+
+
+# ---- the experiments ---------------------------------------------------------------------------------
+
+def test_every_run_of_the_miniature_can_be_trained_and_has_its_place_in_the_readme():
+    for run in miniature.RUNS:
+        argv, facts = miniature.command(run, seed=0)
+        assert train.parse(argv)[0].steps == facts["steps"] > 100, run
+    shown = {run for _, rows in miniature.EXPERIMENTS.values() for run in rows.values()}
+    assert shown == set(miniature.RUNS)
+    for flags in [flags for rows in miniature.SAMPLING.values() for flags in rows.values()]:
+        sample.parse(list(map(str, flags)))
+    for name in [*miniature.EXPERIMENTS, *miniature.SAMPLING]:
+        assert f"<!-- miniature {name} -->\n" in (ROOT / "README.md").read_text(), name
+
+
+def test_tables_of_the_miniature_hold_mean_and_spread_of_finished_rows_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(miniature, "FOLDER", tmp_path)
+    for seed in range(3):
+        (tmp_path / f"uvit-{seed}").mkdir()
+        result = dict(params=3e6, gflops=0.5, steps=500, minutes=2, loss=[0.4, 0.3, 0.2, 0.1 * (seed + 1)],
+                      score=dict(both=10 * seed, shape=50, colour=100))
+        (tmp_path / f"uvit-{seed}" / "result.json").write_text(json.dumps(result))
+    head, rule, *rows = miniature.table("backbones")
+    assert [row.split(" | ")[0] for row in rows] == ["| U-ViT"]
+    assert "0.2000 ± 0.1000" in rows[0] and "10.0 ± 10.0" in rows[0] and head.count("|") == rows[0].count("|")
+    assert miniature.table("text") == []

@@ -106,6 +106,14 @@ def test_score_says_how_many_pictures_show_what_was_asked(drawn, capsys):
     assert f"of 6 pictures, {score['both']:.1f}% show the asked shape and colour" in capsys.readouterr().out
 
 
+def test_compile_is_asked_for_and_what_is_compiled_draws(drawn, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or (lambda *args: 0 * net(*args)))
+    assert drawn()[0].any() and not compiled
+    pictures, _ = drawn("--compile", "--clip", "none", "--sampler", "dpm", "--steps", 1)
+    assert len(compiled) == 1 and grey_levels(pictures, drawn("--clip", "none", "--steps", 1)[0]) > 2
+
+
 # ---- what a picture depends on ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
