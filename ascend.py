@@ -7,11 +7,12 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
                        |          |   |   |           |          |       |                 v
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <-----+              decoder
 
-Time (and class, and the gist of a text) enter as scale and shift: of both norms of every Swin layer, of the second of
-every ResBlock; a text is also read word by word, by cross-attention after each Attn (places assumed, as ADM's).
+Time (and class, and the mean of a text) enter as scale and shift of both norms of every Swin layer, and of the second
+of every ResBlock; a text is also read word by word, by cross-attention after each Attn (places assumed, as ADM's).
 Against unet.py: Swin blocks in place of the encoder's ResBlocks, convolutions that change the resolution, and by default
-global attention at 8 pixels too. ResBlock is word for word unet.py's, of which resampling inside is not used here. The
-paper's ablation is four arguments: encoder, decoder, skips, resample.
+global attention at 8 pixels too. The paper's ablation is four arguments: encoder, decoder, skips, resample. What has
+the same name in two files of backbones is the same in both, so that each file can be read, and copied, alone: ResBlock,
+for one, is unet.py's, of which resampling inside is not used here.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
 L tokens of a text.
 """
@@ -55,13 +56,14 @@ def relative_index(w):
 
 
 def shift_mask(size, w, shift):
-    """(windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of the map,
-    -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
-    region = torch.zeros(size)                                          # along one axis, after rolling by -shift:
-    region[size - w:] = 1                                               #   the last window holds positions from its
-    region[size - shift:] = 2                                           #   own end, and ones wrapped from the start
-    regions = rearrange(region[:, None] * 3 + region, "(a w) (b v) -> (a b) (w v)", w=w, v=w)
-    return torch.zeros(()).where(regions[:, :, None] == regions[:, None, :], -math.inf)
+    """(number of windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of the
+    map, -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
+    # Along one axis, after rolling by -shift, what came from the start of the map is at its end. Only the last window
+    # holds both kinds.
+    wrapped = torch.arange(size) >= size - shift
+    part = rearrange(2 * wrapped[:, None] + 1 * wrapped, "(a w) (b v) -> (a b) (w v)", w=w, v=w)
+    same = part[:, :, None] == part[:, None, :]
+    return torch.zeros(same.shape).masked_fill(~same, -math.inf)
 
 
 class WindowAttention(nn.Module):
@@ -74,7 +76,7 @@ class WindowAttention(nn.Module):
     def __init__(self, dim, head_dim, size, window, shift):
         super().__init__()
         self.heads, self.w, self.shift = dim // head_dim, window, shift
-        self.windows = size // window                                   # along one side
+        self.side = size // window                                      # windows along one side
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.bias = nn.Parameter(nn.init.trunc_normal_(torch.zeros((2 * window - 1)**2, self.heads), std=0.02))
@@ -87,28 +89,28 @@ class WindowAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "B (a w) (b v) (K heads d) -> K B (a b heads) (w v) d",
                             K=3, w=self.w, v=self.w, heads=self.heads)
         bias = self.bias[self.index].permute(2, 0, 1)[None]             # (1, heads, w*w, w*w)
-        bias = bias.expand(self.windows**2, -1, -1, -1) if self.mask is None else bias + self.mask[:, None]
+        bias = bias.expand(self.side**2, -1, -1, -1) if self.mask is None else bias + self.mask[:, None]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1).to(q.dtype))
         x = rearrange(x, "B (a b heads) (w v) d -> B (a w) (b v) (heads d)",
-                      a=self.windows, b=self.windows, w=self.w, heads=self.heads)
+                      a=self.side, b=self.side, w=self.w, heads=self.heads)
         x = self.proj(x)
         return x.roll((self.shift, self.shift), dims=(1, 2)) if self.shift else x
 
 
 class GroupNorm(nn.GroupNorm):
-    """ADM's 32 groups, or in narrow layers fewer, of 4 channels or more: a group of one loses its channel's mean. Always
-    in float32, as CUDA's autocast has it anyway: on CPUs the bfloat16 kernel takes three times as long."""
+    """At most ADM's 32 groups, each of at least 4 channels: a norm of one channel would erase its mean. Computed in
+    float32, as CUDA's autocast does by itself; on CPUs the bfloat16 kernel would take three times as long."""
 
     def __init__(self, channels):
-        super().__init__(next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1)),
-                         channels)
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
+        super().__init__(groups, channels)
 
     def forward(self, x):
         return super().forward(x.float())
 
 
 class Timed(nn.Module):
-    """A module that reads the embedding of time (and class, and gist of the text) beside the map: forward(x, emb)."""
+    """A module that reads the embedding of time (and class, and the mean of a text) beside the map: forward(x, emb)."""
 
 
 class SwinLayer(Timed):
@@ -299,7 +301,7 @@ class Layer(nn.Sequential):
 
 class ASCEND(nn.Module):
     """ASCEND. Defaults: a CIFAR-10 model of the size of the paper's others (48,038,075 parameters); width, depth and
-    places of global attention are assumed: of the paper's table of settings we know the rows, not the numbers.
+    places of global attention are assumed: the values of the paper's table of settings are not available to us.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
     not divide into windows."""
@@ -310,7 +312,7 @@ class ASCEND(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # blocks a level (the decoder has one more)
-                 attn_sizes=(16, 8),        # map sizes in pixels where global attention follows each block, as in the middle
+                 attn_sizes=(16, 8),        # map sizes where global attention follows each block; the middle always has it
                  head_dim=64,               # channels per attention head
                  window=8,                  # side of a window; smaller maps are one window
                  encoder="swin",            # blocks of the encoder, 'swin' or 'conv': the ResBlocks of a U-Net
@@ -347,7 +349,7 @@ class ASCEND(nn.Module):
         # embeddings
         self.dim = dim
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
-        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # the norm: assumed
         self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder
@@ -365,7 +367,7 @@ class ASCEND(nn.Module):
         self.middle = Layer(block("conv", C, C, size), *attention(C), block("conv", C, C, size))
 
         # decoder: one layer for each layer of the encoder, whose output is its skip
-        self.skips = skips
+        self.use_skips = skips
         widths = [layer.out_channels if skips else 0 for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
@@ -377,7 +379,7 @@ class ASCEND(nn.Module):
                     size *= 2
                 self.decoder.append(Layer(*layer))
 
-        # head: starts at zero, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1
+        # head: starts at zero (as ADM's), so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1
         self.norm = GroupNorm(C)
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
@@ -392,7 +394,7 @@ class ASCEND(nn.Module):
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            time = torch.cat([time, masked_mean(*text)], dim=1)         # (B, dim + E): the gist of the text
+            time = torch.cat([time, masked_mean(*text)], dim=1)         # (B, dim + E): the mean of the text
         emb = self.time_embed(time)                                     # (B, E)
         if self.class_embed is not None:
             emb = emb + self.class_embed(y)                             # (B, E)
@@ -403,9 +405,9 @@ class ASCEND(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            skip = skips.pop()                                          # concatenated: the block takes what it needs
-            h = layer(torch.cat([h, skip], dim=1) if self.skips else h, emb, text)      # back up, level by level
-        assert not skips                                                # every skip was used, once
+            skip = skips.pop()                                          # in the ablation it is dropped
+            h = layer(torch.cat([h, skip], dim=1) if self.use_skips else h, emb, text)  # back up, level by level
+        assert not skips                                                # one decoder layer for each of the encoder
         return self.head(F.silu(self.norm(h)))                          # (B, 3, H, W)
 
 

@@ -106,7 +106,7 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
     The n are not drawn one by one, but evenly spaced from a random start: losses differ so much over t that covering it
     evenly in every batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
-    odds = shift * (u / (1 - u))**spread                # of t, the odds being t / (1 - t)
+    odds = shift * (u / (1 - u))**spread                # odds(t) = shift * odds(u)^spread, where odds(p) = p / (1 - p)
     return odds / (1 + odds)
 
 
@@ -195,13 +195,15 @@ def carry(x, x0, t, s, schedule):
 def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x.
 
-    First order, and with fresh noise of size sqrt(beta) every step, so beta must be small: on the linear schedule it is
-    up to 0.64 in 20 steps, and 0.02 in the paper's 1000."""
+    First order, so its error falls only as 1 / steps; and fresh noise of size sqrt(beta) comes in every step, so beta
+    must be small: on the linear schedule it is up to 0.64 in 20 steps, and 0.02 in the paper's 1000. The noise has a
+    use: it mends what the network did wrong before."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
-        beta = 1 - (schedule.alpha(t) / schedule.alpha(s))**2   # Eq. 1's beta_t: beta(t) (t - s) for small steps, but
-        x = x + beta * (x / 2 + score)                          # below 1 also where the cosine's rate goes to infinity
+        # Eq. 1's beta_t: beta(t) (t - s) for small steps, but below 1 also where the cosine's rate goes to infinity
+        beta = 1 - (schedule.alpha(t) / schedule.alpha(s))**2
+        x = x + beta * (x / 2 + score)
         if s > 0:                                               # no noise into the picture itself
             x = x + math.sqrt(beta) * noise()
     return x
@@ -218,16 +220,15 @@ def ddim(denoise, x, times, schedule, noise=None):
 
 @torch.no_grad()
 def dpm(denoise, x, times, schedule, noise=None):
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): DDIM's step, with x0 extrapolated in lam from
-    the last two evaluations to the middle of the step. Second order in steps of lam, so twenty do where
-    the network is good; what it does wrong at first, it cannot mend, as em's fresh noise can."""
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): DDIM's step, with x0 extrapolated in lam from the last two
+    evaluations to the middle of the step. What is linear in x is solved exactly, and the error of the rest falls as
+    1 / steps^2 (second order): twenty are enough for a good network. Mistakes made early stay: no noise mends them."""
     x0_last = None
     for t, s in zip(times[:-1], times[1:]):
         x0 = target = denoise(x, t)
-        if x0_last is not None and s > 0:                       # first and last step are plain DDIM
-            # 1 / r of the paper's Alg. 2: this step by the last one
-            r = (schedule.lam(s) - schedule.lam(t)) / (schedule.lam(t) - schedule.lam(t_last))
-            target = x0 + (x0 - x0_last) * r / 2
+        if x0_last is not None and s > 0:                       # else plain DDIM: there is no last one, or lam(0) = inf
+            ratio = (schedule.lam(s) - schedule.lam(t)) / (schedule.lam(t) - schedule.lam(t_last))     # 1 / r in Alg. 2
+            target = x0 + (x0 - x0_last) * ratio / 2
         x = carry(x, target, t, s, schedule)
         x0_last, t_last = x0, t
     return x
@@ -272,8 +273,8 @@ def pick_device(name):
 
 
 def fast_bfloat16(device):
-    """Whether it multiplies bfloat16 faster than float32: CUDA does, and CPUs with AMX tiles, or with AVX512-BF16 if they
-    are AMD's (without AMX, Intel's do no more of these products a second than of float32)."""
+    """Whether it multiplies bfloat16 faster than float32: CUDA does, and CPUs with AMX tiles, or with AVX512-BF16 if
+    they are AMD's (without AMX, Intel's do no more of these products a second than of float32)."""
     if device.type != "cpu":
         return device.type == "cuda"
     amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",

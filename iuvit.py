@@ -1,8 +1,11 @@
 """IU-ViT, the paper's improved U-ViT (arXiv 2212.13771, Sec. 4): a plain Vision Transformer with long skips.
-`diff uvit.py iuvit.py` lists the improvements, all of them the paper's: a rearrange-first head (that it starts at zero
-is assumed), depth-wise convolution in the FFN, text in cross-attention of its own instead of in the sequence, and a
-vector of the text beside time (pooled by its mean: assumed), read by an MLP. The arguments head, ffn and text_attn take
-each of the first three back; JointAttention is the rival that separate attention is compared with.
+`diff uvit.py iuvit.py` lists the improvements, the paper's but for details marked (assumed):
+
+    1  a rearrange-first head                       head="linear" takes it back
+    2  a depth-wise convolution in the FFN          ffn="mlp" takes it back
+    3  text has a cross-attention of its own,       text_attn="concat" has GLIDE's joint attention instead, with which
+       instead of being in the sequence             the paper compares
+    4  the mean of the text (normalised, assumed) stands beside time, and an MLP reads both
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, patch, patch, ..];
@@ -87,8 +90,8 @@ class JointAttention(SelfAttention):
         text_k, text_v = rearrange(self.kv(text), "B L (K heads d) -> K B heads L d", K=2, heads=self.heads)
         k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
         mask = F.pad(mask, (0, x.shape[1]), value=True)[:, None, None]  # (B, 1, 1, L + N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(rearrange(h, "B heads N d -> B N (heads d)"))
 
 
 class MLP(nn.Module):
@@ -105,8 +108,8 @@ class MLP(nn.Module):
 
 class DWConvFFN(nn.Module):
     """Feed-forward part with a 3x3 depth-wise convolution over the grid of patches (paper, appendix, Fig. 8):
-    linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It brings locality back for
-    less than a hundredth of the parameters.
+    linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It brings locality back, and the
+    convolution adds less than a hundredth to the parameters.
 
     Time and class tokens have no place in the grid: they skip the convolution and take all the rest (assumed)."""
 
@@ -205,8 +208,8 @@ class IUViT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """nn.Linear          normal, std 0.02, cut at +-2; bias 0
-        pos_embed          normal, std 0.02, cut at +-2
+        """nn.Linear          normal, std 0.02; bias 0
+        pos_embed          normal, std 0.02            (trunc_normal_ cuts at 2, a hundred std away: never)
         head               0, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1 (assumed)
         everything else    as PyTorch has it, as published"""
         for m in self.modules():
@@ -230,7 +233,7 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            time = torch.cat([time, masked_mean(*text)], dim=1)             # (B, 2D): the gist of the text
+            time = torch.cat([time, masked_mean(*text)], dim=1)             # (B, 2D): the mean of the text
         tokens = [self.time_embed(time)[:, None], x]                        # (B, 1, D), (B, h*w, D)
         if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
@@ -245,8 +248,8 @@ class IUViT(nn.Module):
             x = block(x, text, skips.pop())                                 # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
-        # Linear-first squeezes a token to p*p*C numbers before the convolution sees its neighbours, which leaves it 9 C
-        # = 27 for a pixel; rearrange-first throws nothing away: an image of D/p^2 channels, 9 D/p^2 = 1152 for a pixel.
+        # Linear-first leaves p*p*C = 12 of a token's D = 512 numbers before the convolution sees its neighbours: a
+        # pixel is made of 9 C = 27 numbers. Rearrange-first keeps them all, as D/p^2 = 128 channels: of 9 * 128 = 1152.
         x = self.to_pixels(x)                                               # (B, h*w, D); linear-first (B, h*w, p*p*C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)

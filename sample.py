@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 import zipfile
@@ -22,13 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import data
 import diffusion
-import unet
-import uvit
 from ascend import ASCEND
 from iuvit import IUViT
 from unet import UNet
@@ -37,12 +37,135 @@ from uvit import UViT
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
 SCORED = ("shapes", "shapes64", "shapes-text", "shapes64-text")         # sets that data.py can read back
 
-# what to do with weights of other people, by a name that they hold
-PUBLISHED = {"in_blocks.0.norm1.weight": ("uvit", uvit.published), "input_blocks.0.0.weight": ("unet", unet.published)}
+# ---- weights of other people ---------------------------------------------------------------------------------
+
+def exactly(model, arguments, weights):
+    """weights, if they are those of model(**arguments) by name and shape. ValueError names a few that are not."""
+    with torch.device("meta"):
+        own = {name: tuple(p.shape) for name, p in model(**arguments).state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in weights.items()}
+    wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
+             for name in {**own, **found} if own.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"of its weights, as they are called here, {len(wrong)} do not fit: {'; '.join(wrong[:3])}")
+    return weights
+
+
+# The published files whose pictures are pixels: (side, patch, with classes). Common to all of them, and not to be seen
+# from shapes: heads of 64 channels, the linear schedule, eps, time as 999 t, and no class for "no class".
+UVIT_FILES = {(32, 2, False): "cifar10_uvit_small",
+              (64, 4, False): "celeba64_uvit_small",
+              (64, 4, True): "imagenet64_uvit_mid, imagenet64_uvit_large"}
+
+
+def read_uvit(weights):
+    """A file of U-ViT's authors (github.com/baofff/U-ViT) -> (arguments of UViT, its state_dict, facts).
+
+    weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in UVIT_FILES
+    will do. facts are what the network must be used with: see train.py's Config; has_null False says that its null
+    class, which the authors' network lacks, is zero and untrained. ValueError, one line, if it is another network."""
+    if "context_embed.weight" in weights:
+        raise ValueError("it is a text-to-image U-ViT, which works on latents of an autoencoder and not on pixels")
+    dim, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    classes = len(weights["label_emb.weight"]) if "label_emb.weight" in weights else 0
+    grid = math.isqrt(weights["pos_embed"].shape[1] - (2 if classes else 1))
+    img_size = patch_size * grid
+    what = f"a U-ViT for {img_size}x{img_size}, {channels} channels, patches of {patch_size}, {classes} classes"
+    if channels == 4:
+        raise ValueError(f"it is {what}: 4 channels are latents of an autoencoder, not pixels")
+    if "time_embed.0.weight" in weights:
+        raise ValueError(f"it is {what}, with an MLP for time, which none of the published files for pixels has")
+    if channels != 3 or (img_size, patch_size, classes > 0) not in UVIT_FILES or dim % 64:
+        raise ValueError(f"it is {what}, width {dim}; those known here are {', '.join(UVIT_FILES.values())}, and the "
+                         "like of other depths and of widths that are multiples of 64")
+
+    arguments = dict(img_size=img_size, patch_size=patch_size, dim=dim, heads=dim // 64, num_classes=classes,
+                     depth=sum(name.endswith(".norm1.weight") for name in weights))
+    theirs = {"patch_embed.proj.": "patch_embed.", "label_emb.": "class_embed.", ".mlp.": ".ffn.",
+              "decoder_pred.": "to_pixels.", "final_layer.": "head."}
+    ours = {}
+    for name, p in weights.items():
+        for old, new in theirs.items():
+            name = name.replace(old, new)
+        ours[name] = F.pad(p, (0, 0, 0, 1)) if name == "class_embed.weight" else p      # one more row: the null class
+    facts = dict(schedule="linear", prediction="eps", clock="uvit", has_null=False)
+    return arguments, exactly(UViT, arguments, ours), facts
+
+
+# The layouts of ADM's published files: (dim_mults) -> what cannot be seen from shapes. Common to all:
+# attention at 32, 16 and 8 pixels with heads of 64 channels, eps, T = 1000 steps numbered from 0, and no class for
+# "no class". In the legacy order the rows of qkv are sorted by head first, and then into q, k and v.
+ADM_FILES = {(1, 2, 3, 4): dict(img_size=64, schedule="cosine", legacy=False),              # 64x64_diffusion
+             (1, 1, 2, 2, 4, 4): dict(img_size=256, schedule="linear", legacy=True)}        # 256x256_*, lsun_*
+
+
+def read_adm(weights):
+    """A file of ADM's authors (github.com/openai/guided-diffusion) -> (arguments of UNet, its state_dict, facts).
+
+    weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in ADM_FILES
+    will do. facts are what the network must be used with: see train.py's Config; has_null False says that its null
+    class, which the authors' network lacks, is zero and untrained. ValueError, one line, if it is another network.
+    The three output channels that predict a variance are left out: no sampler here reads them."""
+    if "out.2.weight" not in weights or "output_blocks.0.0.in_layers.0.weight" not in weights:
+        raise ValueError("it is a classifier of ADM, which has no decoder")
+    channels = weights["input_blocks.0.0.weight"].shape[1]
+    if channels != 3:
+        what = {6: "a super-resolution network of ADM: it also reads a small picture",
+                4: "a U-Net for latents of an autoencoder, not for pixels"}
+        raise ValueError(f"it is {what.get(channels, f'a U-Net for pictures of {channels} channels')}")
+    if any(".op." in name for name in weights):
+        raise ValueError("it is a U-Net that changes resolution by convolutions, as improved-diffusion's do; ADM's "
+                         "published files do so in residual blocks")
+    dim = weights["time_embed.0.weight"].shape[1]
+    blocks = sum(name.startswith("output_blocks.") and name.endswith(".0.in_layers.2.weight") for name in weights)
+    widths = [len(weights[f"output_blocks.{i}.0.in_layers.2.weight"]) for i in reversed(range(blocks))]
+    for mults, known in ADM_FILES.items():                              # a level has num_blocks + 1 decoder blocks
+        n = blocks // len(mults)
+        if widths == [dim * mult for mult in mults for _ in range(n)] and n > 1:
+            break
+    else:
+        levels = [w for w, previous in zip(widths, [0, *widths]) if w != previous]
+        sizes = {(0.5, 1, 2, 4): "512x512_diffusion", (1, 2, 3, 4): "128x128_diffusion, whose heads vary in width"}
+        what = sizes.get(tuple(w / dim for w in levels), "none of ADM's published files")
+        raise ValueError(f"it is a U-Net of width {dim}, {blocks} decoder blocks of widths {levels}: {what}; those "
+                         "known here are 64x64_diffusion, 256x256_diffusion, 256x256_diffusion_uncond and lsun_*")
+    if dim % 64 or dim < 128:
+        raise ValueError(f"its width {dim} does not divide into heads of 64 and 32 group norms of 4 channels or more")
+
+    classes = len(weights["label_emb.weight"]) if "label_emb.weight" in weights else 0
+    arguments = dict(img_size=known["img_size"], dim=dim, dim_mults=list(mults), num_blocks=n - 1,
+                     attn_sizes=[32, 16, 8], num_classes=classes)
+    theirs = {".input_blocks.": ".encoder.", ".middle_block.": ".middle.", ".output_blocks.": ".decoder.",
+              ".in_layers.0.": ".norm1.", ".in_layers.2.": ".conv1.", ".emb_layers.1.": ".emb.",
+              ".out_layers.0.": ".norm2.", ".out_layers.3.": ".conv2.", ".skip_connection.": ".skip.",
+              ".proj_out.": ".proj.", ".label_emb.": ".class_embed.", ".out.0.": ".norm.", ".out.2.": ".head."}
+    ours = {}
+    for name, p in weights.items():
+        name = "." + name                                               # so that ".out.0." is found at its start alone
+        for old, new in theirs.items():
+            name = name.replace(old, new)
+        name = name[1:]
+        if ".qkv." in name and known["legacy"]:
+            p = p.unflatten(0, (-1, 3, 64)).transpose(0, 1).flatten(0, 2)
+        if name.endswith((".qkv.weight", ".proj.weight")):
+            p = p[..., None]                                            # 1-D convolutions there, 2-D ones here
+        if name.startswith("head."):
+            p = p[:3]
+        if name == "class_embed.weight":
+            p = F.pad(p, (0, 0, 0, 1))                                  # one more row: the null class
+        ours[name] = p
+    facts = dict(schedule=known["schedule"], prediction="eps", clock="adm", has_null=False)
+    return arguments, exactly(UNet, arguments, ours), facts
+
+
+# what to do with them, by a name that they hold
+READERS = {"in_blocks.0.norm1.weight": ("uvit", read_uvit), "input_blocks.0.0.weight": ("unet", read_adm)}
 FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.weight": "a U-Net of diffusers",
            "down.0.block.0.conv1.weight": "a U-Net of DDPM's PyTorch ports", "cls_token": "a ViT that classifies",
            "state_dict": "another program's checkpoint", "model": "another program's checkpoint"}
 
+
+# ---- a checkpoint ---------------------------------------------------------------------------------------------
 
 KNOWN = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
              clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
@@ -66,8 +189,8 @@ def read(path, weights="ema"):
             return config, whole["ema" if weights == "ema" else "model"]
         except (KeyError, TypeError, ValueError) as e:
             raise data.UserError(f"{path} does not fit this code: {e!r}")
-    model, published = next((known for name, known in PUBLISHED.items() if name in whole), (None, None))
-    if not published:
+    model, reader = next((known for name, known in READERS.items() if name in whole), (None, None))
+    if not reader:
         names = "entries like " + ", ".join(map(str, list(whole)[:3]))
         what = next((what for name, what in FOREIGN.items() if name in whole), names)
         raise data.UserError(f"{path} is neither a checkpoint of train.py (it holds no config) nor a file of U-ViT or "
@@ -75,7 +198,7 @@ def read(path, weights="ema"):
     if weights == "raw":
         fail(f"{path} is a published file, which holds one set of weights: leave out --weights raw")
     try:
-        arguments, state, facts = published(whole)
+        arguments, state, facts = reader(whole)
     except (ValueError, AssertionError, KeyError, IndexError, AttributeError) as e:
         reason = e if isinstance(e, (ValueError, AssertionError)) else f"it is damaged: {e!r}"
         raise data.UserError(f"{path} is no network that fits this code: {reason}")
@@ -128,7 +251,7 @@ def parse(argv):
     p.add_argument("--attend", metavar="WORD", help="show beside each picture where this word of the prompts was read")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
-    p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8 and arr_1, the classes, for FID tools")
+    p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8, for FID tools, and arr_1, the classes or prompts")
     p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -210,8 +333,8 @@ def features_of(prompts, text, encoder):
 
 # ---- where the network looks --------------------------------------------------------------------------
 
-class Attention:
-    """While it is open, sums up how much each place of the pictures reads tokens that are marked, over all
+class AttentionMaps:
+    """From its making until `with` ends, sums up how much each place of the pictures reads tokens that are marked, over all
     cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as it is: hooks watch what
     goes into its cross-attentions, and compute their softmax once more."""
 
@@ -229,10 +352,10 @@ class Attention:
         q, k = m.q(x), m.kv(text).chunk(2, dim=-1)[0]                   # (B, N, D), (B, L, D)
         q, k = (part.float().unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in (q, k))
         scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
-        side = int(scores.shape[2] ** 0.5)                              # of the last N: time and classes stand before
+        side = int(scores.shape[2] ** 0.5)                              # of the grid; IU-ViT's time stands before it
         read = (scores.softmax(-1) * self.marked[:, None, None].to(scores)).sum(-1).mean(1)[:, -side * side:]
         read = read.view(B, 1, side, side).cpu()
-        self.maps += torch.nn.functional.interpolate(read, (self.size, self.size), mode="bilinear")[:, 0]
+        self.maps += F.interpolate(read, (self.size, self.size), mode="bilinear")[:, 0]
 
     def __enter__(self):
         return self
@@ -244,7 +367,7 @@ class Attention:
 
 def mark(word, prompts, encoder):
     """bool (B, L): the tokens of the prompts that belong to the word, which may be several in a row."""
-    sought, rows = encoder.tokens([word])[0][:-1], encoder.tokens(prompts)
+    sought, rows = encoder.tokens([word])[0][:-1], encoder.tokens(prompts)      # without the mark of the end
     marked = torch.zeros(len(rows), max(map(len, rows)) + 7 & ~7, dtype=torch.bool)[:, :data.MAX_TOKENS]
     for i, tokens in enumerate(rows):
         for j in range(min(len(tokens), data.MAX_TOKENS) - len(sought)):
@@ -393,7 +516,7 @@ def main():
             denoise = diffusion.denoiser(model, schedule, config["prediction"], cond, null, scale, clip)
             look = contextlib.nullcontext()
             if args.attend:
-                look = Attention(net, marked[which[first:ids.stop], :cond[1].shape[1]].to(device), size)
+                look = AttentionMaps(net, marked[which[first:ids.stop], :cond[1].shape[1]].to(device), size)
             with look:
                 x = diffusion.sample(denoise, noise, schedule, args.sampler, args.steps)
             drawn[scale, first] = data.to_uint8(x).cpu().numpy()
@@ -422,8 +545,8 @@ def main():
         sheet = sheet_of(pictures, args, prompts or names)
         data.write_file(out, lambda f: sheet.save(f, "png"))
     if args.npz:
-        asked = dict(arr_1=np.array(prompts)) if prompts else {} if y is None else dict(arr_1=y.numpy())
-        data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **asked))
+        shown = dict(arr_1=np.array(prompts)) if prompts else {} if y is None else dict(arr_1=y.numpy())
+        data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **shown))
     print(f"{args.n * len(args.cfg)} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
     for i, scale in enumerate(args.cfg if args.score else []):
         these = pictures[i * args.n:(i + 1) * args.n, ..., :size]

@@ -109,8 +109,9 @@ CHOICES = dict(model=list(MODELS), cond=["none", "class", "text"], schedule=list
                device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
+# fields in which a resumed run may differ; all else is refused, by open_run
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
-        "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]     # in a resume
+        "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
 
 # Minutes on a laptop. v prediction and the cosine schedule, because eps on the linear one hardly learns outlines in
 # this time; times gathered around t = 0.6, because there outlines are decided. Batch 16: every picture teaches about
@@ -213,7 +214,7 @@ PAPER_RUNS = [
     ("iuvit-church256-p8",    150_000,  256, 2e-4, vit(8, 1536, 17, 24),                {}),    # 527M, 1024 tokens
     ("iuvit-cc12m64",         150_000,  256, 1e-4, vit(4, 1024, 17, 16, text_dim=1024), TEXT),  # 307M
 
-    # and the steps and networks: of the paper's table of ASCEND's settings we know the rows, not the numbers
+    # for ASCEND the steps and networks are assumed as well: the values of the paper's table are not available to us
     ("ascend-cifar10",        500_000,  128, 2e-4, {},                               SMALL),    # 2.98
     ("ascend-celeba64",       500_000,  128, 2e-4, {},                                  {}),
     ("ascend-cub64",          200_000,  128, 2e-4, {},                                  {}),
@@ -278,7 +279,7 @@ def parse(argv):
         config.net.setdefault("text_dim", 1024)         # the paper's table; a run has what its features have
         if not data.BUILT_IN.get(data.captioned_name(config.data), {}).get("captions", True):
             error(f"{config.data} has no captions: use --cond {'class' if classes else 'none'}")
-        if config.cfg > 2 and not {"clip"} & {*row, *asked}:
+        if config.cfg > 2 and "clip" not in row and "clip" not in asked:
             config.clip = "dynamic"                     # strong guidance saturates
     elif config.encoder:
         error("--encoder is for --cond text")
@@ -392,8 +393,8 @@ def build(config, info):
 
 
 def measure(config, info, tokens=data.MAX_TOKENS):
-    """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two, and a text
-    has so many tokens.
+    """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two, and a
+    text has so many tokens.
 
     The forward has shapes but no numbers, so it finds what does not fit before a run has a folder."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -414,15 +415,15 @@ BAD_STEPS = 100         # so many gradients in a row that are not finite, and a 
 
 
 def checkpoint_blocks(net):
-    """Let the blocks of a network forget what lies within them and compute it again in the backward pass: up to a third
-    more time, for a fraction of the memory."""
+    """Gradient checkpointing: blocks keep only what comes in, and compute the rest again in the backward pass, for up to
+    a third more time and a fraction of the memory. (The middle, a single block, stays as it is.)"""
     for blocks in net.children():
         for block in blocks if isinstance(blocks, torch.nn.ModuleList) else []:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def flat(record):
-    """A record of the config with the facts of its data set beside its fields."""
+    """A record of the config with the facts of its data set beside its fields, so that each is compared alone."""
     return {**record, **{f"info.{key}": value for key, value in record.get("info", {}).items()}, "info": None}
 
 
@@ -465,7 +466,8 @@ def open_run(config, info, fresh, main_rank):
     if old is not None:
         if not isinstance(old, dict) or not isinstance(old.get("info"), dict):
             error(f"the config of {out} is not that of a run: choose another --out")
-        old, asked = flat({**dataclasses.asdict(Config()), **old}), json.loads(json.dumps(asked))
+        old = flat({**dataclasses.asdict(Config()), **old})
+        asked = json.loads(json.dumps(asked))                               # in JSON, tuples are lists
         changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                    if k not in FREE and old.get(k) != v]
         if changed:
@@ -581,7 +583,7 @@ def main():
     if main_rank and source in data.BUILT_IN:
         data.prepare(source, config.data_dir)
     words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
-    if main_rank and config.encoder == "words" and not words.exists():     # others were, or find_encoder had complained
+    if main_rank and config.encoder == "words" and not words.exists():     # find_encoder refuses others that are absent
         data.encode_set(data.open_set(source, config.data_dir), data.Words())
     if world > 1:
         dist.barrier(patient)
@@ -654,6 +656,8 @@ def main():
 
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
+    # what this loader calls a sample is a whole batch, number `step`, so it can begin anywhere; it is given a generator
+    # to leave the global one alone
     batches = iter(torch.utils.data.DataLoader(
         data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features),
         sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
@@ -662,7 +666,7 @@ def main():
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
             model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-            seconds=seconds + time.time() - clock, config=config.record(info), **(dict(text=text) if text else {})), f))
+            seconds=seconds + time.time() - since, config=config.record(info), **(dict(text=text) if text else {})), f))
 
     def explain(kind, e, trace):                                    # of an unexpected error the last line says where
         if issubclass(kind, torch.OutOfMemoryError):
@@ -676,7 +680,7 @@ def main():
     skipped, in_row = torch.zeros(2, device=device)                 # steps whose gradient was not finite
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
     step, logged, saved = start, start, start
-    clock, paused = time.time(), 0.0                                # paused: seconds not spent on training steps
+    since, paused = time.time(), 0.0                                # paused: seconds not spent on training steps
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
     for step in range(start, config.steps + 1):
         # log, save and sample first, so that the last step needs no copy of this below the loop
@@ -688,8 +692,8 @@ def main():
             if world > 1:
                 dist.all_reduce(sums)
             total, count = sums.tolist()
-            speed = (step - logged) * config.batch / (time.time() - clock - paused)
-            seconds, clock, paused, logged = seconds + time.time() - clock, time.time(), 0.0, step
+            speed = (step - logged) * config.batch / (time.time() - since - paused)
+            seconds, since, paused, logged = seconds + time.time() - since, time.time(), 0.0, step
             row = dict(step=step, loss=sum(total) / max(1, sum(count)),
                        **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
                        grad_norm=float(norm), lr=opt.param_groups[0]["lr"], images_per_s=speed, seconds=seconds,
@@ -729,8 +733,8 @@ def main():
             cond = []
         elif config.cond == "text":
             cond[0] = cond[0].float()                                                   # (b, L, d); cond[1] is the mask
-        cond = [torch.where(dropped.view(-1, *[1] * (c.dim() - 1)), empty, c)
-                for c, empty in zip(cond, data.null_like(cond, null))]
+        cond = [torch.where(dropped.view(-1, *[1] * (c.dim() - 1)), empty, c)           # for guidance, some learn the
+                for c, empty in zip(cond, data.null_like(cond, null))]                  # null condition
 
         for group in opt.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -748,9 +752,9 @@ def main():
             sums[1].index_add_(0, bins, torch.ones_like(losses))
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
         bad = (~norm.isfinite()).float()
-        opt.grad_scale, opt.found_inf = None, bad       # where it is 1, fused AdamW takes no step; no GPU has to wait
+        opt.grad_scale, opt.found_inf = None, bad       # GradScaler's way to have fused AdamW skip a step where it is 1
         opt.step()
-        skipped, in_row = skipped + bad, (in_row + bad) * bad
+        skipped, in_row = skipped + bad, (in_row + bad) * bad                           # a good step ends the row
         opt.zero_grad(set_to_none=True)
         decay = min(config.ema, (1 + step) / (10 + step))                               # a shorter memory early on
         torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
@@ -759,7 +763,7 @@ def main():
     bar.close()
     if main_rank:
         end, hint = ("finished", "") if step == config.steps else ("stopped", "; the same command resumes")
-        print(f"{end} at step {step}, {(seconds + time.time() - clock) / 60:.1f} minutes in all: "
+        print(f"{end} at step {step}, {(seconds + time.time() - since) / 60:.1f} minutes in all: "
               f"look at {out / 'samples'}{hint}")
     if world > 1:
         del model                                                   # before the group that it holds: freed by DDP, with

@@ -7,7 +7,7 @@ arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
                        |          |   |   |          |        |       |                  v
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <--+             decoder
 
-Time (and class, and the gist of a text) enter every ResBlock as a scale and a shift of its second group norm; a text
+Time (and class, and the mean of a text) enter every ResBlock as a scale and a shift of its second group norm; a text
 is also read word by word, by cross-attention after each Attn.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), L tokens of a text.
 """
@@ -44,19 +44,19 @@ def masked_mean(tokens, mask):
 
 
 class GroupNorm(nn.GroupNorm):
-    """ADM's 32 groups, or in narrow layers fewer, of 4 channels or more: a group of one loses its channel's mean. Always
-    in float32, as CUDA's autocast has it anyway: on CPUs the bfloat16 kernel takes three times as long."""
+    """At most ADM's 32 groups, each of at least 4 channels: a norm of one channel would erase its mean. Computed in
+    float32, as CUDA's autocast does by itself; on CPUs the bfloat16 kernel would take three times as long."""
 
     def __init__(self, channels):
-        super().__init__(next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1)),
-                         channels)
+        groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
+        super().__init__(groups, channels)
 
     def forward(self, x):
         return super().forward(x.float())
 
 
 class Timed(nn.Module):
-    """A module that reads the embedding of time (and class, and gist of the text) beside the map: forward(x, emb)."""
+    """A module that reads the embedding of time (and class, and the mean of a text) beside the map: forward(x, emb)."""
 
 
 class ResBlock(Timed):
@@ -185,7 +185,7 @@ class UNet(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # ResBlocks a level (the decoder has one more)
-                 attn_sizes=(16,),          # map sizes in pixels where attention follows each ResBlock, as in the middle
+                 attn_sizes=(16,),          # map sizes where attention follows each ResBlock; the middle always has it
                  head_dim=64,               # channels per attention head
                  resample="resblock",       # 'resblock' (ADM, BigGAN) or 'conv' (DDPM)
                  dropout=0.1,
@@ -213,7 +213,7 @@ class UNet(nn.Module):
         # embeddings
         self.dim = dim
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
-        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # the norm: assumed
         self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder
@@ -257,7 +257,7 @@ class UNet(nn.Module):
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            time = torch.cat([time, masked_mean(*text)], dim=1)         # (B, dim + E): the gist of the text
+            time = torch.cat([time, masked_mean(*text)], dim=1)         # (B, dim + E): the mean of the text
         emb = self.time_embed(time)                                     # (B, E)
         if self.class_embed is not None:
             emb = emb + self.class_embed(y)                             # (B, E)
@@ -271,84 +271,6 @@ class UNet(nn.Module):
             h = layer(torch.cat([h, skips.pop()], dim=1), emb, text)    # back up, level by level
         assert not skips                                                # every skip was used, once
         return self.head(F.silu(self.norm(h)))                          # (B, 3, H, W)
-
-
-def exactly(model, arguments, weights):
-    """weights, if they are those of model(**arguments) by name and shape. ValueError names a few that are not."""
-    with torch.device("meta"):
-        own = {name: tuple(p.shape) for name, p in model(**arguments).state_dict().items()}
-    found = {name: tuple(p.shape) for name, p in weights.items()}
-    wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
-             for name in {**own, **found} if own.get(name) != found.get(name)]
-    if wrong:
-        raise ValueError(f"of its weights, as they are called here, {len(wrong)} do not fit: {'; '.join(wrong[:3])}")
-    return weights
-
-
-# The layouts of ADM's published files: (widths of the levels) -> what cannot be seen from shapes. Common to all:
-# attention at 32, 16 and 8 pixels with heads of 64 channels, eps, T = 1000 steps numbered from 0, and no class for
-# "no class". In the legacy order the rows of qkv are sorted by head first, and then into q, k and v.
-PUBLISHED = {(1, 2, 3, 4): dict(img_size=64, schedule="cosine", legacy=False),              # 64x64_diffusion
-             (1, 1, 2, 2, 4, 4): dict(img_size=256, schedule="linear", legacy=True)}        # 256x256_*, lsun_*
-
-
-def published(weights):
-    """A file of ADM's authors (github.com/openai/guided-diffusion) -> (arguments of UNet, its state_dict, facts).
-
-    weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in PUBLISHED
-    will do. facts are what the network must be used with: see train.py's Config; has_null False says that its null
-    class, which the authors' network lacks, is zero and untrained. ValueError, one line, if it is another network.
-    The three output channels that predict a variance are left out: no sampler here reads them."""
-    if "out.2.weight" not in weights or "output_blocks.0.0.in_layers.0.weight" not in weights:
-        raise ValueError("it is a classifier of ADM, which has no decoder")
-    channels = weights["input_blocks.0.0.weight"].shape[1]
-    if channels != 3:
-        what = {6: "a super-resolution network of ADM: it also reads a small picture",
-                4: "a U-Net for latents of an autoencoder, not for pixels"}
-        raise ValueError(f"it is {what.get(channels, f'a U-Net for pictures of {channels} channels')}")
-    if any(".op." in name for name in weights):
-        raise ValueError("it is a U-Net that changes resolution by convolutions, as improved-diffusion's do; ADM's "
-                         "published files do so in residual blocks")
-    dim = weights["time_embed.0.weight"].shape[1]
-    blocks = sum(name.startswith("output_blocks.") and name.endswith(".0.in_layers.2.weight") for name in weights)
-    widths = [len(weights[f"output_blocks.{i}.0.in_layers.2.weight"]) for i in reversed(range(blocks))]
-    for mults, known in PUBLISHED.items():                              # a level has num_blocks + 1 decoder blocks
-        n = blocks // len(mults)
-        if widths == [dim * mult for mult in mults for _ in range(n)] and n > 1:
-            break
-    else:
-        levels = [w for w, previous in zip(widths, [0, *widths]) if w != previous]
-        sizes = {(0.5, 1, 2, 4): "512x512_diffusion", (1, 2, 3, 4): "128x128_diffusion, whose heads vary in width"}
-        what = sizes.get(tuple(w / dim for w in levels), "none of ADM's published files")
-        raise ValueError(f"it is a U-Net of width {dim}, {blocks} decoder blocks of widths {levels}: {what}; those "
-                         "known here are 64x64_diffusion, 256x256_diffusion, 256x256_diffusion_uncond and lsun_*")
-    if dim % 64 or dim < 128:
-        raise ValueError(f"its width {dim} does not divide into heads of 64 and 32 group norms of 4 channels or more")
-
-    classes = len(weights["label_emb.weight"]) if "label_emb.weight" in weights else 0
-    arguments = dict(img_size=known["img_size"], dim=dim, dim_mults=list(mults), num_blocks=n - 1,
-                     attn_sizes=[32, 16, 8], num_classes=classes)
-    theirs = {".input_blocks.": ".encoder.", ".middle_block.": ".middle.", ".output_blocks.": ".decoder.",
-              ".in_layers.0.": ".norm1.", ".in_layers.2.": ".conv1.", ".emb_layers.1.": ".emb.",
-              ".out_layers.0.": ".norm2.", ".out_layers.3.": ".conv2.", ".skip_connection.": ".skip.",
-              ".proj_out.": ".proj.", ".label_emb.": ".class_embed.", ".out.0.": ".norm.", ".out.2.": ".head."}
-    ours = {}
-    for name, p in weights.items():
-        name = "." + name
-        for old, new in theirs.items():
-            name = name.replace(old, new)
-        name = name[1:]
-        if ".qkv." in name and known["legacy"]:
-            p = rearrange(p, "(heads K d) ... -> (K heads d) ...", K=3, d=64)
-        if name.endswith((".qkv.weight", ".proj.weight")):
-            p = p[..., None]                                            # 1-D convolutions there, 2-D ones here
-        if name.startswith("head."):
-            p = p[:3]
-        if name == "class_embed.weight":
-            p = F.pad(p, (0, 0, 0, 1))                                  # one more row: the null class
-        ours[name] = p
-    facts = dict(schedule=known["schedule"], prediction="eps", clock="adm", has_null=False)
-    return arguments, exactly(UNet, arguments, ours), facts
 
 
 if __name__ == "__main__":

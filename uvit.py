@@ -1,6 +1,6 @@
 """U-ViT, a plain Vision Transformer with U-Net's long skips (Bao et al., arXiv 2209.12152), as published.
-It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`, but for what
-follows class UViT, which reads the weights that U-ViT's authors have published.
+It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`. sample.py reads the
+weights that U-ViT's authors have published.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, text .., patch, ..]
@@ -72,7 +72,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.ffn = ffn
 
-    def forward(self, x, mask, skip=None):                              # x and skip (B, N, D)
+    def forward(self, x, mask, skip=None):                              # x, skip (B, N, D), mask as above
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x), mask)
@@ -124,8 +124,8 @@ class UViT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """nn.Linear          normal, std 0.02, cut at +-2; bias 0
-        pos_embed          normal, std 0.02, cut at +-2
+        """nn.Linear          normal, std 0.02; bias 0
+        pos_embed          normal, std 0.02            (trunc_normal_ cuts at 2, a hundred std away: never)
         everything else    as PyTorch has it, as published"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -142,15 +142,16 @@ class UViT(nn.Module):
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
-        tokens = [timestep_embedding(t, self.dim)[:, None], x]              # (B, 1, D), (B, h*w, D)
-        keys = None                                                         # which tokens may be read: all
-        if self.class_embed is not None:
-            tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
+        time, keys = timestep_embedding(t, self.dim), None                  # (B, D); which tokens may be read: all
+        tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
-            pad = self.text_len - y.shape[1]                                # below zero, it cuts
+            pad = self.text_len - y.shape[1]                                # F.pad cuts where it is negative
             tokens.insert(1, self.text_embed(F.pad(y, (0, 0, 0, pad))))     # (B, text_len, D)
-            keys = F.pad(F.pad(mask, (0, pad)), (1, x.shape[1]), value=True)[:, None, None]     # (B, 1, 1, N)
+            mask = F.pad(mask, (0, pad))                                    # (B, text_len), and beside it time and
+            keys = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # patches, always read: (B, 1, 1, N)
+        if self.class_embed is not None:
+            tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
         x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
 
         skips = []
@@ -163,61 +164,8 @@ class UViT(nn.Module):
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
         x = self.to_pixels(x)                                               # (B, h*w, p*p*C)
-        x = rearrange(x, "B (h w) (p q C) -> B C (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
+        x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)
-
-
-def exactly(model, arguments, weights):
-    """weights, if they are those of model(**arguments) by name and shape. ValueError names a few that are not."""
-    with torch.device("meta"):
-        own = {name: tuple(p.shape) for name, p in model(**arguments).state_dict().items()}
-    found = {name: tuple(p.shape) for name, p in weights.items()}
-    wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
-             for name in {**own, **found} if own.get(name) != found.get(name)]
-    if wrong:
-        raise ValueError(f"of its weights, as they are called here, {len(wrong)} do not fit: {'; '.join(wrong[:3])}")
-    return weights
-
-
-# The published files whose pictures are pixels: (side, patch, with classes). Common to all of them, and not to be seen
-# from shapes: heads of 64 channels, the linear schedule, eps, time as 999 t, and no class for "no class".
-PUBLISHED = {(32, 2, False): "cifar10_uvit_small",
-             (64, 4, False): "celeba64_uvit_small",
-             (64, 4, True): "imagenet64_uvit_mid, imagenet64_uvit_large"}
-
-
-def published(weights):
-    """A file of U-ViT's authors (github.com/baofff/U-ViT) -> (arguments of UViT, its state_dict, facts).
-
-    weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in PUBLISHED
-    will do. facts are what the network must be used with: see train.py's Config; has_null False says that its null
-    class, which the authors' network lacks, is zero and untrained. ValueError, one line, if it is another network."""
-    if "context_embed.weight" in weights:
-        raise ValueError("it is a text-to-image U-ViT, which works on latents of an autoencoder and not on pixels")
-    dim, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
-    classes = len(weights["label_emb.weight"]) if "label_emb.weight" in weights else 0
-    grid = math.isqrt(weights["pos_embed"].shape[1] - (2 if classes else 1))
-    img_size = patch_size * grid
-    what = f"a U-ViT for {img_size}x{img_size}, {channels} channels, patches of {patch_size}, {classes} classes"
-    if channels == 4:
-        raise ValueError(f"it is {what}: 4 channels are latents of an autoencoder, not pixels")
-    if "time_embed.0.weight" in weights:
-        raise ValueError(f"it is {what}, with an MLP for time, which none of the published files for pixels has")
-    if channels != 3 or (img_size, patch_size, classes > 0) not in PUBLISHED or dim % 64:
-        raise ValueError(f"it is {what}, width {dim}; those known here are {', '.join(PUBLISHED.values())}, and the "
-                         "like of other depths and of widths that are multiples of 64")
-
-    arguments = dict(img_size=img_size, patch_size=patch_size, dim=dim, heads=dim // 64, num_classes=classes,
-                     depth=sum(name.endswith(".norm1.weight") for name in weights))
-    theirs = {"patch_embed.proj.": "patch_embed.", "label_emb.": "class_embed.", ".mlp.": ".ffn.",
-              "decoder_pred.": "to_pixels.", "final_layer.": "head."}
-    ours = {}
-    for name, p in weights.items():
-        for old, new in theirs.items():
-            name = name.replace(old, new)
-        ours[name] = F.pad(p, (0, 0, 0, 1)) if name == "class_embed.weight" else p      # one more row: the null class
-    facts = dict(schedule="linear", prediction="eps", clock="uvit", has_null=False)
-    return arguments, exactly(UViT, arguments, ours), facts
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ import data
 import diffusion
 import sample
 import train
-import unet
-import uvit
 from ascend import SwinLayer
 from conftest import TINY, command
 from unet import UNet
@@ -198,7 +196,7 @@ def test_a_published_file_gives_the_numbers_of_its_authors_code(file, name):
 @pytest.mark.parametrize("name", ["adm_64x64_diffusion", "adm_lsun_bedroom"])
 def test_attention_in_the_other_order_would_load_and_be_wrong(file, monkeypatch, name):
     mults = FILES[name][1]["mults"]
-    monkeypatch.setitem(unet.PUBLISHED[mults], "legacy", not unet.PUBLISHED[mults]["legacy"])
+    monkeypatch.setitem(sample.ADM_FILES[mults], "legacy", not sample.ADM_FILES[mults]["legacy"])
     net, config = sample.load(file(name))
     x, number, y = inputs(config["info"]["size"], len(config["info"]["classes"]))
     assert close(name, shown(net.forward(x, number / 1000, *([] if y is None else [y])))) > 0.01
@@ -239,8 +237,8 @@ def test_every_published_size_is_recognised_and_counts_exactly(make, arguments, 
     with torch.device("meta"):
         whole = {name: torch.empty(shape) for name, shape in make(**arguments).items()}
         assert sum(p.numel() for p in whole.values()) == theirs
-        model, module = (UViT, uvit) if make is uvit_file else (UNet, unet)
-        found, state, _ = module.published(whole)
+        model, reader = (UViT, sample.read_uvit) if make is uvit_file else (UNet, sample.read_adm)
+        found, state, _ = reader(whole)
         model(**found).load_state_dict(state, assign=True)
     assert sum(p.numel() for p in state.values()) == ours
 
@@ -344,7 +342,7 @@ def test_training_goes_on_from_a_file_and_needs_it_no_more(file, tuned, tmp_path
     mine = tmp_path / "mine.pth"
     mine.write_bytes(file(name).read_bytes())
     ckpt = tuned(mine, "--data", pictures, "--lr", 1e-30)               # a rate that moves nothing
-    config, (_, whole, _) = ckpt["config"], uvit.published(torch.load(mine))
+    config, (_, whole, _) = ckpt["config"], sample.read_uvit(torch.load(mine))
     anew = {"class_embed.weight"} if "imagenet" in name else set()      # 10 classes there, 24 here
     moved = {key for key, p in ckpt["ema"].items() if p.shape != whole[key].shape or not torch.allclose(p, whole[key])}
     assert moved == anew
@@ -387,8 +385,8 @@ def test_guidance_waits_for_a_null_class(file, tuned, monkeypatch):
         sample.main()
 
     path = file("imagenet64_uvit_mid")
-    assert not uvit.published(torch.load(path))[2]["has_null"]
-    assert not uvit.published(torch.load(path))[1]["class_embed.weight"][10].any()
+    assert not sample.read_uvit(torch.load(path))[2]["has_null"]
+    assert not sample.read_uvit(torch.load(path))[1]["class_embed.weight"][10].any()
     with pytest.raises(data.UserError, match="--cfg needs a model .*train.py --init-from` trains it so"):
         draw(path)
     tuned(path, "--data", "shapes64", "--cfg", 1, "--drop", 0)
@@ -429,14 +427,14 @@ def change(whole, **entries):
 @pytest.mark.parametrize("name", ["celeba64_uvit_small", "adm_lsun_bedroom"])
 def test_a_file_must_hold_exactly_the_weights_of_its_network(weights, name):
     whole = weights(name)
-    published = uvit.published if "uvit" in name else unet.published
+    reader = sample.read_uvit if "uvit" in name else sample.read_adm
     last = list(whole)[-1]
     part = next(key for key in whole if key.endswith("norm2.weight" if "uvit" in name else "norm.weight"))
     for bad, says in ((change(whole, surprise=torch.zeros(3)), r"surprise \(3,\), not expected"),
                       ({k: p for k, p in whole.items() if k != part}, "is missing, not"),
                       ({**whole, part: torch.zeros(7)}, r"\(7,\), not \(")):
         with pytest.raises(ValueError, match="1 do not fit: .*" + says):
-            published(bad)
+            reader(bad)
     assert last in whole
 
 
