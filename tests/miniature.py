@@ -33,7 +33,7 @@ import train
 
 # ---- what is tried -----------------------------------------------------------------------------------------
 
-TERAFLOPS = 12          # of training, a run: two to four minutes of one core
+TERAFLOPS = 10          # of training, a run: two or three minutes of one core
 FOLDER = ROOT / "runs" / "miniature"
 LONG_RUN = ROOT / "runs" / "unet-shapes" / "ckpt.pt"        # of `python train.py`: the experiments with sampling
 
@@ -105,7 +105,7 @@ def command(run, seed):
     params, flops = train.measure(config, info, tokens=16)  # as many as captions of shapes have, with padding
     steps = round(TERAFLOPS * 1e12 / (3 * flops * config.batch))
     argv = [*RUNS[run], "--seed", seed, "--steps", steps, "--out", FOLDER / f"{run}-{seed}",
-            "--sample-every", max(1, steps // 6), "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2]
+            "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2]
     return list(map(str, argv)), dict(params=params, gflops=flops / 1e9, steps=steps)
 
 
