@@ -1,7 +1,7 @@
 """ASCEND, the paper's ASymmetriC ENcoder Decoder (arXiv 2212.13771, Sec. 5): hierarchical like a U-Net, with an
 encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder of ADM's convolutional blocks.
 
-    x (3, 32, 32) -> conv -> [Swin Swin down] -> [Swin+Attn Swin+Attn down] -> ... -> Res, Attn, Res      encoder, middle
+    x (3, 32, 32) -> conv -> [Swin Swin down] -> [Swin+Attn Swin+Attn down] -> ... -> Res, Attn, Res     encoder, middle
                        |          |   |   |           |          |       |                 |
                        +---- every output of the encoder is a skip ------+    concatenated, last first
                        |          |   |   |           |          |       |                 v
@@ -9,10 +9,10 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
 
 Time (and class, and the mean of a text) enter as scale and shift of both norms of every Swin layer, and of the second
 of every ResBlock; a text is also read word by word, by cross-attention after each Attn (places assumed, as ADM's).
-Against unet.py: Swin blocks in place of the encoder's ResBlocks, convolutions that change the resolution, and by default
-global attention at 8 pixels too. The paper's ablation is four arguments: encoder, decoder, skips, resample. What has
-the same name in two files of backbones is the same in both, so that each file can be read, and copied, alone: ResBlock,
-for one, is unet.py's, of which resampling inside is not used here.
+Against unet.py: Swin blocks in place of the encoder's ResBlocks, convolutions that change the resolution, and by
+default global attention at 8 pixels too. The paper's ablation is four arguments: encoder, decoder, skips, resample.
+What has the same name in two files of backbones is the same in both, so that each file can be read, and copied,
+alone: ResBlock, for one, is unet.py's, of which resampling inside is not used here.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
 L tokens of a text.
 """
@@ -56,8 +56,8 @@ def relative_index(w):
 
 
 def shift_mask(size, w, shift):
-    """(number of windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of the
-    map, -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
+    """(number of windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of
+    the map, -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
     # Along one axis, after rolling by -shift, what came from the start of the map is at its end. Only the last window
     # holds both kinds.
     wrapped = torch.arange(size) >= size - shift
@@ -312,7 +312,7 @@ class ASCEND(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # blocks a level (the decoder has one more)
-                 attn_sizes=(16, 8),        # map sizes where global attention follows each block; the middle always has it
+                 attn_sizes=(16, 8),        # map sizes where global attention follows each block; the middle always has
                  head_dim=64,               # channels per attention head
                  window=8,                  # side of a window; smaller maps are one window
                  encoder="swin",            # blocks of the encoder, 'swin' or 'conv': the ResBlocks of a U-Net
@@ -349,7 +349,7 @@ class ASCEND(nn.Module):
         # embeddings
         self.dim = dim
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
-        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # the norm: assumed
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # LN assumed
         self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder

@@ -312,8 +312,8 @@ def held_out_colour(shape, relation):
 
 
 def draw_scene(index, held_out=False):
-    """Picture number `index` of the caption task -> (grey level, Objects, caption), for `paint`. The same everywhere and
-    for ever. held_out: two objects, the first as in held_out_colour."""
+    """Picture number `index` of the caption task -> (grey level, Objects, caption), for `paint`. The same everywhere
+    and for ever. held_out: two objects, the first as in held_out_colour."""
     def choice(purpose, n):
         return mix(index, SCENE, purpose) % n
 
@@ -1510,7 +1510,7 @@ INSTALL_T5 = "pip install transformers sentencepiece protobuf"
 
 @functools.lru_cache(maxsize=100_000)
 def random_vector(*address, width):
-    """float64 (width,), uniform, of mean 0 and variance 1. By integers and single roundings alone: the same anywhere."""
+    """float64 (width,), uniform, of mean 0 and variance 1. By integers and single roundings: the same anywhere."""
     return ((mix(WORD, *address, np.arange(width)) >> np.uint64(11)) * 2.0 ** -53 - 0.5) * math.sqrt(12)
 
 
@@ -1743,8 +1743,8 @@ def pad(rows):
 
 
 def null_like(cond, null):
-    """The null condition in the shape of a batch's: null is the null class, or the features (L, d) of the empty caption,
-    which is no longer than any batch is padded to; cond (), (y,) or (features, mask)."""
+    """The null condition in the shape of a batch's: null is the null class, or the features (L, d) of the empty
+    caption, which is no longer than any batch is padded to; cond (), (y,) or (features, mask)."""
     if len(cond) < 2:
         return tuple(torch.full_like(y, null) for y in cond)
     features, mask = (torch.zeros_like(c) for c in cond)
@@ -1774,7 +1774,7 @@ def find_encoder(name, data_dir, asked):
     if asked == "words":
         return Words.name, Words.width
     have = f"there are {', '.join(there)}" if there else "it has none"
-    what = f"{name} has no text features by {asked}" if asked else f"which text features of {name}? Name their --encoder"
+    what = f"{name} has no text features by {asked}" if asked else f"which text features of {name}? Name an --encoder"
     where = "" if data_dir == "datasets" else f" --data-dir {data_dir}"
     raise UserError(f"{what}; {have}. `python data.py encode {name} --encoder {asked or 'words'}{where}` makes some")
 

@@ -143,8 +143,8 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
         out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
-    It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means. (For notebooks: no
-    command here has such a classifier.)"""
+    It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means. (For
+    notebooks: no command here has such a classifier.)"""
     def predict(x, t):
         t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         if not cond or scale == 1:
@@ -220,9 +220,10 @@ def ddim(denoise, x, times, schedule, noise=None):
 
 @torch.no_grad()
 def dpm(denoise, x, times, schedule, noise=None):
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): DDIM's step, with x0 extrapolated in lam from the last two
-    evaluations to the middle of the step. What is linear in x is solved exactly, and the error of the rest falls as
-    1 / steps^2 (second order): twenty are enough for a good network. Mistakes made early stay: no noise mends them."""
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): DDIM's step, with x0 extrapolated in lam from the last
+    two evaluations to the middle of the step. What is linear in x is solved exactly, and the error of the rest falls
+    as 1 / steps^2 (second order): twenty are enough for a good network. Mistakes made early stay, as no noise mends
+    them."""
     x0_last = None
     for t, s in zip(times[:-1], times[1:]):
         x0 = target = denoise(x, t)

@@ -213,8 +213,8 @@ def load(path, weights="ema", device="cpu"):
 
     The network is the plain one, except that calling it sets its clock (diffusion.on_clock): t is that of diffusion.py
     also for networks that were trained elsewhere, and there is nothing to remember. weights: 'ema' or 'raw'. The
-    config of a text-conditional one also holds `text`: the encoder's name, the features `null` of the empty caption, and
-    the captions and features (`rows`) of the training grid."""
+    config of a text-conditional one also holds `text`: the encoder's name, the features `null` of the empty caption,
+    and the captions and features (`rows`) of the training grid."""
     config, state = read(path, weights)
     try:
         info = config["info"]
@@ -251,12 +251,12 @@ def parse(argv):
     p.add_argument("--attend", metavar="WORD", help="show beside each picture where this word of the prompts was read")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
-    p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8, for FID tools, and arr_1, the classes or prompts")
+    p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8, for FID tools, and arr_1, classes or prompts")
     p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: a minute first, for many pictures")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: a minute first, for many images")
     args = p.parse_args(argv)
     for name in ("n", "batch", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -334,9 +334,9 @@ def features_of(prompts, text, encoder):
 # ---- where the network looks --------------------------------------------------------------------------
 
 class AttentionMaps:
-    """From its making until `with` ends, sums up how much each place of the pictures reads tokens that are marked, over all
-    cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as it is: hooks watch what
-    goes into its cross-attentions, and compute their softmax once more."""
+    """From its making until `with` ends, sums up how much each place of the pictures reads tokens that are marked, over
+    all cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as it is: hooks watch
+    what goes into its cross-attentions, and compute their softmax once more."""
 
     def __init__(self, net, marked, size):                              # marked (B, L) bool
         self.maps, self.marked, self.size = torch.zeros(len(marked), size, size), marked, size
@@ -489,8 +489,8 @@ def main():
             fail("--npz would overwrite --out: choose another name for one of them")
         asked = what_decides(path, args, prompts)
         if out.suffix != ".png" and any(out.iterdir()) and begun(out) != asked:
-            fail(f"the folder {out} is not empty, and not of this very command: choose another --out, so that nothing is "
-                 "overwritten")
+            fail(f"the folder {out} is not empty, and not of this very command: choose another --out, so that nothing "
+                 "is overwritten")
     except OSError as e:
         fail(f"cannot write there: {e}")
     if world > 1:
@@ -550,7 +550,8 @@ def main():
     print(f"{args.n * len(args.cfg)} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
     for i, scale in enumerate(args.cfg if args.score else []):
         these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
-        tell_score(these, y, prompts, kinds or ["as asked"] * args.n, f"{args.sampler} {args.steps}, guidance {scale:g}")
+        how = f"{args.sampler} {args.steps}, guidance {scale:g}"
+        tell_score(these, y, prompts, kinds or ["as asked"] * args.n, how)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import sample
-from ascend import ASCEND
-from iuvit import IUViT
-from unet import UNet
-from uvit import UViT
-
-MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
+from sample import MODELS, fail
 
 
 # ---- configuration -----------------------------------------------------------------------------------
@@ -123,7 +118,8 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               steps=4400, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1100, save_every=550)
 
-LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=6000, cfg=1.5, sample_every=1500)   # the set shapes-text, by words: one or two objects and where
+# the set shapes-text, by words: one or two objects and where they are
+LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=6000, cfg=1.5, sample_every=1500)
 
 # Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
 SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, samples=32,
@@ -226,10 +222,6 @@ for name, steps, batch, lr, net, other in PAPER_RUNS:
     PRESETS[name] = dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
 
 
-def error(message):
-    raise data.UserError(message)
-
-
 def json_object(text):
     """The type of --net."""
     try:
@@ -245,7 +237,7 @@ def parse(argv):
     """argv -> (Config, fresh, dry_run). Every mistake is a data.UserError that says what is allowed."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: error(f"{message} (python train.py --help lists all flags)")
+    parser.error = lambda message: fail(f"{message} (python train.py --help lists all flags)")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else \
@@ -259,15 +251,16 @@ def parse(argv):
     # which row
     name = asked.get("preset") or ("" if asked.get("init_from") else nearest_preset(asked))
     if name and name not in PRESETS:
-        error(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+        fail(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
     row = PRESETS[name] if name else FINE_TUNE
-    if asked.get("init_from"):
+    if asked.get("init_from"):                          # what its weights decide comes between the row and the flags;
+        # the set and the folder must be known before, since the run may have a checkpoint that decides it already
         asked = {"data": row["data"], "data_dir": Config.data_dir, **asked}
         asked = {"out": f"runs/{asked['data']}-from-{stem(asked['init_from'])}", **asked}
         try:
             row = {**row, "data": asked["data"], **inherited(asked, fresh)}
         except (KeyError, TypeError) as e:
-            error(f"{asked['init_from']} does not fit this code: {e!r}")
+            fail(f"{asked['init_from']} does not fit this code: {e!r}")
     net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
     config = Config(**{**row, **asked, "preset": name, "net": net})
     classes = data.describe(config.data, config.data_dir)["classes"]
@@ -276,35 +269,35 @@ def parse(argv):
     if config.cond == "text":
         config.net.setdefault("text_dim", 1024)         # the paper's table; a run has what its features have
         if not data.BUILT_IN.get(data.captioned_name(config.data), {}).get("captions", True):
-            error(f"{config.data} has no captions: use --cond {'class' if classes else 'none'}")
+            fail(f"{config.data} has no captions: use --cond {'class' if classes else 'none'}")
         if config.cfg > 2 and "clip" not in row and "clip" not in asked:
             config.clip = "dynamic"                     # strong guidance saturates
     elif config.encoder:
-        error("--encoder is for --cond text")
+        fail("--encoder is for --cond text")
     else:
         config.net.pop("text_dim", None)
     if config.cond == "class" and not classes:
-        error(f"{config.data} has no classes: use --cond none")
+        fail(f"{config.data} has no classes: use --cond none")
     if config.drop == 0 and config.cond != "none" and config.cfg != 1:
-        error("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
+        fail("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
     own = config.data == row["data"] and config.model == row["model"]
     text = "-text" if config.cond == "text" and row.get("cond") != "text" else ""       # beside a run of the same set
     config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{text}"
     if not Path(config.out).name:
-        error(f"--out must name a folder of its own, not {config.out}")
+        fail(f"--out must name a folder of its own, not {config.out}")
 
     # is it sensible
     for field in dataclasses.fields(Config):
         if field.type is float and not math.isfinite(getattr(config, field.name)):
-            error(f"--{field.name.replace('_', '-')} must be a finite number, not {getattr(config, field.name)}")
+            fail(f"--{field.name.replace('_', '-')} must be a finite number, not {getattr(config, field.name)}")
     for field in POSITIVE:
         if not getattr(config, field) > 0:
-            error(f"--{field.replace('_', '-')} must be above 0, not {getattr(config, field)}")
+            fail(f"--{field.replace('_', '-')} must be above 0, not {getattr(config, field)}")
     for field in ("drop", "cooldown", "ema", "beta1", "beta2"):
         if not 0 <= getattr(config, field) < 1:
-            error(f"--{field} must lie in [0, 1), not at {getattr(config, field)}")
+            fail(f"--{field} must lie in [0, 1), not at {getattr(config, field)}")
     if config.warmup < 0 or config.workers < 0 or config.weight_decay < 0 or not 0 <= config.seed < 2**63:
-        error("--warmup, --workers, --weight-decay and --seed must not be negative, and --seed be below 2^63")
+        fail("--warmup, --workers, --weight-decay and --seed must not be negative, and --seed be below 2^63")
     return config, fresh, dry_run
 
 
@@ -333,7 +326,8 @@ def begun(out, fresh):
 
 
 def inherited(asked, fresh):
-    """The fields of the config that the weights of --init-from decide: flags may not contradict them, a preset's may.
+    """The fields of the config that the weights of --init-from decide: flags and a preset's model may not contradict
+    them, its other fields give way.
 
     Once the run has a checkpoint of its own, which says the same, the file is not needed any more."""
     path, name = asked["init_from"], asked["data"]
@@ -345,16 +339,17 @@ def inherited(asked, fresh):
 
     net, old, new = dict(there["net"]), there["info"]["size"], data.describe(name, asked["data_dir"])["size"]
     if old != new and "attn_sizes" not in full:
-        error(f"{path} is of {old}x{old} pictures and {name} of {new}x{new}: a {there['model']} keeps its size")
+        fail(f"{path} is of {old}x{old} pictures and {name} of {new}x{new}: a {there['model']} keeps its size")
     if old != new:                                      # convolutional: attention stays at the same levels
         net["attn_sizes"] = full["attn_sizes"] = [size * new // old for size in full["attn_sizes"]]
 
-    asked = {"model": PRESETS.get(asked.get("preset"), there)["model"], **asked}
+    model = PRESETS[asked["preset"]]["model"] if asked.get("preset") else there["model"]
+    asked = {"model": model, **asked}
     pairs = [(f"--{key}", asked.get(key, value), value) for key, value in fixed.items()]
     pairs += [(f"--net {key}", value, full.get(key)) for key, value in asked.get("net", {}).items() if key != "dropout"]
     wrong = [f"{flag} {mine!r} asked, {theirs!r} there" for flag, mine, theirs in pairs if mine != theirs]
     if wrong:
-        error(f"{path} decides on the network, its schedule, prediction and clock: {'; '.join(wrong)}")
+        fail(f"{path} decides on the network, its schedule, prediction and clock: {'; '.join(wrong)}")
     return dict(fixed, net=net, cond=there["cond"])
 
 
@@ -372,7 +367,7 @@ def start_from(net, config, info):
     wrong = [f"{name} {theirs.get(name, 'none')} there, {mine.get(name, 'none')} here"
              for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
     if wrong:
-        error(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
+        fail(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
               f"{info['size']}x{info['size']} pictures: {'; '.join(wrong[:3])}")
     net.load_state_dict(weights)
     anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
@@ -387,7 +382,7 @@ def build(config, info):
     try:
         return MODELS[config.model](img_size=info["size"], num_classes=classes, **config.net)
     except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
-        error(f"{config.model} on {config.data}, {info['size']} pixels: {e}")
+        fail(f"{config.model} on {config.data}, {info['size']} pixels: {e}")
 
 
 def measure(config, info, tokens=data.MAX_TOKENS):
@@ -405,7 +400,7 @@ def measure(config, info, tokens=data.MAX_TOKENS):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 net(x, t, *cond)
         except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
-            error(f"{config.model} with --net {json.dumps(config.net)} cannot run: {e!r}")
+            fail(f"{config.model} with --net {json.dumps(config.net)} cannot run: {e!r}")
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
@@ -413,8 +408,8 @@ BAD_STEPS = 100         # so many gradients in a row that are not finite, and a 
 
 
 def checkpoint_blocks(net):
-    """Gradient checkpointing: blocks keep only what comes in, and compute the rest again in the backward pass, for up to
-    a third more time and a fraction of the memory. (The middle, a single block, stays as it is.)"""
+    """Gradient checkpointing: blocks keep only what comes in, and compute the rest again in the backward pass, for up
+    to a third more time and a fraction of the memory. (The middle, a single block, stays as it is.)"""
     for blocks in net.children():
         for block in blocks if isinstance(blocks, torch.nn.ModuleList) else []:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
@@ -456,27 +451,27 @@ def open_run(config, info, fresh, main_rank):
     if (out / "ckpt.pt").exists() and not (fresh and not main_rank):
         ckpt = data.read_checkpoint(out / "ckpt.pt")
         old = ckpt["config"]
-    elif (out / "config.json").exists() and not fresh:                      # stopped before it saved, or not a run at all
+    elif (out / "config.json").exists() and not fresh:                      # stopped before it saved, or no run at all
         try:
             old = json.loads((out / "config.json").read_bytes())
         except ValueError:
             old = "not a run's"
     if old is not None:
         if not isinstance(old, dict) or not isinstance(old.get("info"), dict):
-            error(f"the config of {out} is not that of a run: choose another --out")
+            fail(f"the config of {out} is not that of a run: choose another --out")
         old = flat({**dataclasses.asdict(Config()), **old})
         asked = json.loads(json.dumps(asked))                               # in JSON, tuples are lists
         changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                    if k not in FREE and old.get(k) != v]
         if changed:
-            error(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
+            fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
     if main_rank:
         if out.exists() and not out.is_dir():
-            error(f"--out {out} is a file, not a folder")
+            fail(f"--out {out} is a file, not a folder")
         try:
             (out / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            error(f"cannot make --out {out}: {e}")
+            fail(f"cannot make --out {out}: {e}")
     return ckpt
 
 
@@ -543,7 +538,7 @@ def main():
         config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder)
         preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
         if config.net["text_dim"] not in (width, preset):
-            error(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
+            fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
                   "wide: leave it out")
         config.net["text_dim"] = width
     params, flops = measure(config, info)
@@ -556,12 +551,12 @@ def main():
     main_rank = rank == 0
     if config.batch % (world * config.accum):
         unit = world * config.accum
-        error(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
+        fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
               f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     try:
         device = diffusion.pick_device(config.device)
     except ValueError as e:
-        error(e)
+        fail(e)
     if world > 1:
         # torchrun keeps one store for all its restarts, in which a new group would find the addresses of the dead one:
         # on one node each restart has keys of its own (nodes count their restarts each for itself: see the README)
@@ -615,7 +610,7 @@ def main():
             opt.load_state_dict(ckpt["opt"])
             start, seconds = int(ckpt["step"]), float(ckpt["seconds"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-            error(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
+            fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
                   "choose another --out, or --fresh to start over")
         del ckpt
     if start >= config.steps:
@@ -706,7 +701,7 @@ def main():
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
             sums.zero_()
             if in_row >= BAD_STEPS:
-                error(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
+                fail(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
                       f"{out / 'ckpt.pt'} is of step {saved}. Try a smaller --lr, or --dtype float32")
         pause = time.time()
         if main_rank and step > saved and (step % config.save_every == 0 or leaving):

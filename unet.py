@@ -185,7 +185,7 @@ class UNet(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # ResBlocks a level (the decoder has one more)
-                 attn_sizes=(16,),          # map sizes where attention follows each ResBlock; the middle always has it
+                 attn_sizes=(16,),          # map sizes where attention follows each ResBlock; the middle always has
                  head_dim=64,               # channels per attention head
                  resample="resblock",       # 'resblock' (ADM, BigGAN) or 'conv' (DDPM)
                  dropout=0.1,
@@ -213,7 +213,7 @@ class UNet(nn.Module):
         # embeddings
         self.dim = dim
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
-        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # the norm: assumed
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # LN assumed
         self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder

@@ -1,6 +1,6 @@
-"""The paper in miniature: what it claims, put to small tests on drawn shapes. A script, hours for all of it on two cores.
+"""The paper in miniature: what it claims, put to small tests on drawn shapes. A script: hours in all, on two cores.
 
-    python tests/miniature.py                     everything that is not there yet, one run on each core; then the tables
+    python tests/miniature.py                     what is not there yet, one run on each core; then the tables
     python tests/miniature.py head-ffn text       some of the experiments
     python tests/miniature.py --tables            no runs, only tables and figures of those that are finished
 
@@ -77,13 +77,14 @@ EXPERIMENTS = {
                      "rearrange first, plain MLP": "iuvit-mlp", "linear first, plain MLP": "iuvit-linear-mlp"}),
     "backbones": (3, {"U-Net": "unet", "U-ViT": "uvit", "IU-ViT": "iuvit", "ASCEND": "ascend"}),
     "text": (3, {"separate (the paper's)": "text-separate", "concatenated": "text-concat"}),
-    "ascend": (3, {"Swin encoder, conv decoder (the paper's)": "ascend", "conv encoder, conv decoder": "ascend-conv-conv",
+    "ascend": (3, {"Swin encoder, conv decoder (the paper's)": "ascend",
+                   "conv encoder, conv decoder": "ascend-conv-conv",
                    "Swin encoder, Swin decoder": "ascend-swin-swin", "conv encoder, Swin decoder": "ascend-conv-swin",
                    "without skips": "ascend-no-skips", "patch merging and expanding": "ascend-merge"}),
     "prediction": (1, {"v, cosine": "unet", "v, linear": "unet-linear", "eps, cosine": "unet-eps",
                        "eps, linear (the paper's)": "unet-eps-linear"}),
-    "patch": (1, {"patch 4, width 192": "iuvit", "patch 8, width 192": "iuvit-p8", "patch 8, width 384": "iuvit-p8-wide",
-                  "patch 4, width 96": "iuvit-p4-narrow"}),
+    "patch": (1, {"patch 4, width 192": "iuvit", "patch 8, width 192": "iuvit-p8",
+                  "patch 8, width 384": "iuvit-p8-wide", "patch 4, width 96": "iuvit-p4-narrow"}),
 }
 
 # sampling from LONG_RUN: name of an experiment -> {what a row is called: flags of sample.py}
@@ -128,7 +129,7 @@ def losses_of(network, config):
     """The mean loss in each quarter of t, on held-out pictures with the same noise for all."""
     x0, cond = held_out(config)
     t = (torch.arange(len(x0)) + 0.5) / len(x0)
-    t = t[torch.randperm(len(x0), generator=torch.Generator().manual_seed(0))]          # no picture's number tells its t
+    t = t[torch.randperm(len(x0), generator=torch.Generator().manual_seed(0))]    # no picture's number tells its t
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     schedule = diffusion.SCHEDULES[config["schedule"]]
     parts = [diffusion.loss(network, *(p[i:i + 64] for p in (x0, t, eps)), schedule, config["prediction"],
@@ -194,7 +195,8 @@ def mean(numbers, form="{:.1f}"):
 
 def results(rows, seeds):
     """{row: [result of each seed]} of the rows whose seeds are all finished."""
-    found = {row: [read(FOLDER / f"{run}-{seed}" / "result.json") for seed in range(seeds)] for row, run in rows.items()}
+    found = {row: [read(FOLDER / f"{run}-{seed}" / "result.json") for seed in range(seeds)]
+             for row, run in rows.items()}
     return {row: each for row, each in found.items() if None not in each}
 
 
@@ -217,7 +219,8 @@ def table(name):
             *(titles.get(key, key) for key in keys)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row, each in found.items():
-        cells = [row, f"{each[0]['params'] / 1e6:.1f}M", f"{each[0]['steps']:,}", f"{np.mean([r['minutes'] for r in each]):.1f}",
+        minutes = np.mean([r["minutes"] for r in each])
+        cells = [row, f"{each[0]['params'] / 1e6:.1f}M", f"{each[0]['steps']:,}", f"{minutes:.1f}",
                  *(mean([r["loss"][q] for r in each], "{:.4f}") for q in range(4)),
                  *(mean([r["score"][key] for r in each]) for key in keys)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -272,7 +275,7 @@ def write_tables():
 # ---- the command -------------------------------------------------------------------------------------------------
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("names", nargs="*", help="of experiments: " + ", ".join([*EXPERIMENTS, *SAMPLING]))
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core (1 for a GPU)")
     p.add_argument("--tables", action="store_true", help="only write tables and figures")
@@ -305,7 +308,8 @@ def main():
 
     def work(job):
         env = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else None
-        done = subprocess.run([sys.executable, __file__, "--do", *job], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, "--do", *job], cwd=ROOT, env=env, capture_output=True,
+                              text=True)
         print(*job, "done" if done.returncode == 0 else f"failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
