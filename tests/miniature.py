@@ -215,7 +215,7 @@ def table(name):
     keys = list(next(iter(found.values()))[0]["score"])
     keys = [key for key in keys if not key.startswith("held-out")] if len(keys) > 3 else keys
     titles = dict(both="shape and colour right, %", shape="shape", colour="colour")
-    head = ["", "parameters", "steps", "minutes", *(f"loss, t < {t}" for t in ("¼", "½", "¾", "1")),
+    head = ["", "parameters", "steps", "minutes", "loss: t < ¼", "¼ – ½", "½ – ¾", "¾ – 1",
             *(titles.get(key, key) for key in keys)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row, each in found.items():
@@ -257,6 +257,20 @@ def figure(name):
     sheet.save(ROOT / "assets" / f"miniature-{name}.png")
 
 
+def progress():
+    """Four pictures of each laptop preset down its training, side by side, from the runs in runs/ that there are."""
+    files = {model: ROOT / "runs" / f"{model}-shapes" / "samples" / "progress.png" for model in train.MODELS}
+    strips = {model: Image.open(file).convert("RGB") for model, file in files.items() if file.exists()}
+    if not strips:
+        return
+    width = 4 * 34 + 2
+    sheet = Image.new("RGB", ((width + 14) * len(strips), 16 + max(strip.height for strip in strips.values())), "white")
+    for i, (model, strip) in enumerate(strips.items()):
+        ImageDraw.Draw(sheet).text((i * (width + 14) + 2, 2), train.MODELS[model].__name__, "black")
+        sheet.paste(strip.crop((0, 0, width, strip.height)), (i * (width + 14), 16))
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.NEAREST).save(ROOT / "assets" / "progress.png")
+
+
 def write_tables():
     """Put every table that has a row between its comments in README.md, and draw its figure."""
     file = ROOT / "README.md"
@@ -266,10 +280,12 @@ def write_tables():
         if not lines:
             continue
         print("", f"{name}:", *lines, sep="\n")
-        text = re.sub(comments, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.DOTALL)
         if name in EXPERIMENTS:
             figure(name)
+            lines += ["", f"![Samples of one seed, losses of all](assets/miniature-{name}.png)"]
+        text = re.sub(comments, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.DOTALL)
     data.write_file(file, lambda f: f.write(text.encode()))
+    progress()
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
