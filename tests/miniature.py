@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT)]
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import data
 import diffusion
@@ -143,7 +143,7 @@ def score_of(file):
         pictures, asked = arrays["arr_0"].transpose(0, 3, 1, 2), arrays["arr_1"]
     if asked.dtype.kind == "i":
         score = data.score_shapes(pictures, asked)
-        return {key: score[key] for key in ("both", "shape", "colour")}
+        return {key: score[key] for key in ("both", "colour")}
     _, kinds = data.asked_scenes(len(asked))
     scores = {kind: data.score_captions(*zip(*[(p, a) for p, a, k in zip(pictures, asked, kinds) if k == kind]))
               for kind in dict.fromkeys(kinds)}
@@ -194,10 +194,10 @@ def mean(numbers, form="{:.1f}"):
 
 
 def results(rows, seeds):
-    """{row: [result of each seed]} of the rows whose seeds are all finished."""
+    """{row: [result of each seed that is finished]} of the rows that have any."""
     found = {row: [read(FOLDER / f"{run}-{seed}" / "result.json") for seed in range(seeds)]
              for row, run in rows.items()}
-    return {row: each for row, each in found.items() if None not in each}
+    return {row: [result for result in each if result] for row, each in found.items() if any(each)}
 
 
 def table(name):
@@ -212,14 +212,16 @@ def table(name):
     found = results(rows, seeds)
     if not found:
         return []
-    keys = list(next(iter(found.values()))[0]["score"])
-    keys = [key for key in keys if not key.startswith("held-out")] if len(keys) > 3 else keys
-    titles = dict(both="shape and colour right, %", shape="shape", colour="colour")
+    titles = {"both": "shape and colour right, %", "colour": "colour, %", "one object: all": "one object: all right, %",
+              "one object: colour": "its colour", "one object: shape": "its shape",
+              "two objects: all": "two objects: all right, %", "held-out: all": "held-out: all right, %"}
+    keys = [key for key in titles if key in next(iter(found.values()))[0]["score"]]
     head = ["", "parameters", "steps", "minutes", "loss: t < ¼", "¼ – ½", "½ – ¾", "¾ – 1",
-            *(titles.get(key, key) for key in keys)]
+            *(titles[key] for key in keys)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row, each in found.items():
         minutes = np.mean([r["minutes"] for r in each])
+        row += f" ({len(each)} of {seeds} seeds)" if len(each) < seeds else ""
         cells = [row, f"{each[0]['params'] / 1e6:.1f}M", f"{each[0]['steps']:,}", f"{minutes:.1f}",
                  *(mean([r["loss"][q] for r in each], "{:.4f}") for q in range(4)),
                  *(mean([r["score"][key] for r in each]) for key in keys)]
@@ -228,12 +230,13 @@ def table(name):
 
 
 def figure(name):
-    """For each row its samples of seed 0, all from the same noises, and the loss of every seed as a dot."""
+    """For each row samples of its first seed, all from the same noises, and the loss of every seed as a dot."""
     seeds, rows = EXPERIMENTS[name]
     found = results(rows, seeds)
     if not found:
         return
-    W, H, left, right = 34 * SHOWN, 38, 250, 260
+    left = 16 + round(max(ImageFont.load_default().getlength(row) for row in found))
+    W, H, right = 34 * SHOWN, 38, 260
     sheet = Image.new("RGB", (left + W + right, H * len(found) + 26), "white")
     draw = ImageDraw.Draw(sheet)
     # the loss at 1/4 < t < 3/4, where outlines are decided, on a logarithmic axis
@@ -243,7 +246,8 @@ def figure(name):
     for i, (row, values) in enumerate(losses.items()):
         y = i * H
         draw.text((4, y + 12), row, "black")
-        pictures = np.load(FOLDER / f"{rows[row]}-0" / "samples.npz")["arr_0"][:SHOWN].transpose(0, 3, 1, 2)
+        files = [FOLDER / f"{rows[row]}-{seed}" / "samples.npz" for seed in range(seeds)]
+        pictures = np.load(next(filter(Path.exists, files)))["arr_0"][:SHOWN].transpose(0, 3, 1, 2)
         strip = data.grid(pictures, SHOWN)
         sheet.paste(strip, (left - 2, y))
         draw.line((left + W + 10, y + 18, left + W + right - 10, y + 18), (220, 220, 220))
