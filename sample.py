@@ -256,7 +256,7 @@ def parse(argv):
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: a minute first, for many images")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: minutes first, for many images")
     args = p.parse_args(argv)
     for name in ("n", "batch", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
