@@ -113,10 +113,10 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
 # 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls to zero over the last
 # 40%, in which the loss falls by a third. What then still fails are oblong squares and crosses with crooked arms: large
 # mistakes made early, which fresh noise mends and a deterministic path keeps, so Euler-Maruyama; and guidance gains
-# nothing. Steps are what two cores of an AMD EPYC do in nine minutes.
+# nothing. Steps are what two cores of an AMD EPYC (Zen 4) do in nine minutes.
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
-              steps=4400, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
-              sampler="em", sample_steps=200, cfg=1.0, sample_every=1100, save_every=550)
+              steps=4000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
+              sampler="em", sample_steps=200, cfg=1.0, sample_every=1000, save_every=500)
 
 # the set shapes-text, by words: one or two objects and where they are
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=6000, cfg=1.5, sample_every=1500)
@@ -130,9 +130,9 @@ SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=
 PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, resample="conv", dropout=0.0)),
-    "uvit-shapes":    dict(LAPTOP, model="uvit", steps=5500, net=dict(patch_size=4, dim=192, depth=7, heads=3)),
-    "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=dict(patch_size=4, dim=192, depth=7, heads=3)),
-    "ascend-shapes":  dict(LAPTOP, model="ascend", steps=2900, net=dict(
+    "uvit-shapes":    dict(LAPTOP, model="uvit", steps=5000, net=dict(patch_size=4, dim=192, depth=7, heads=3)),
+    "iuvit-shapes":   dict(LAPTOP, model="iuvit", steps=4400, net=dict(patch_size=4, dim=192, depth=7, heads=3)),
+    "ascend-shapes":  dict(LAPTOP, model="ascend", steps=2600, net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, dropout=0.0)),
 
     "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", net=dict(
