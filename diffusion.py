@@ -275,7 +275,7 @@ def pick_device(name):
 
 def fast_bfloat16(device):
     """Whether it multiplies bfloat16 faster than float32: CUDA does, and CPUs with AMX tiles, or with AVX512-BF16 if
-    they are AMD's (without AMX, Intel's do no more of these products a second than of float32)."""
+    they are AMD's (on Intel's, without AMX, it was the slower type)."""
     if device.type != "cpu":
         return device.type == "cuda"
     amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",

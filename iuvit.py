@@ -5,7 +5,8 @@
     2  a depth-wise convolution in the FFN          ffn="mlp" takes it back
     3  text has a cross-attention of its own,       text_attn="concat" has GLIDE's joint attention instead, with which
        instead of being in the sequence             the paper compares
-    4  the mean of the text (normalised, assumed) stands beside time, and an MLP reads both
+    4  a vector of the text stands beside time, and an MLP reads both (that it is the mean of the normalised tokens:
+       assumed)
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, patch, patch, ..];

@@ -72,7 +72,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.ffn = ffn
 
-    def forward(self, x, mask, skip=None):                              # x, skip (B, N, D), mask as above
+    def forward(self, x, mask, skip=None):                              # x, skip (B, N, D), mask None or (B, 1, 1, N)
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x), mask)

@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,7 +55,6 @@ RUNS = {
     "text-separate":    ["--preset", "iuvit-shapes-text"],
     "text-concat":      ["--preset", "iuvit-shapes-text", *net(text_attn="concat")],
 
-    "ascend-conv-conv": ["--preset", "ascend-shapes", *net(encoder="conv")],
     "ascend-swin-swin": ["--preset", "ascend-shapes", *net(decoder="swin")],
     "ascend-conv-swin": ["--preset", "ascend-shapes", *net(encoder="conv", decoder="swin")],
     "ascend-no-skips":  ["--preset", "ascend-shapes", *net(skips=False)],
@@ -78,7 +76,7 @@ EXPERIMENTS = {
     "backbones": (3, {"U-Net": "unet", "U-ViT": "uvit", "IU-ViT": "iuvit", "ASCEND": "ascend"}),
     "text": (3, {"separate (the paper's)": "text-separate", "concatenated": "text-concat"}),
     "ascend": (3, {"Swin encoder, conv decoder (the paper's)": "ascend",
-                   "conv encoder, conv decoder": "ascend-conv-conv",
+                   "conv encoder, conv decoder: a U-Net": "unet",
                    "Swin encoder, Swin decoder": "ascend-swin-swin", "conv encoder, Swin decoder": "ascend-conv-swin",
                    "without skips": "ascend-no-skips", "patch merging and expanding": "ascend-merge"}),
     "prediction": (1, {"v, cosine": "unet", "v, linear": "unet-linear", "eps, cosine": "unet-eps",
@@ -107,7 +105,7 @@ def command(run, seed):
     steps = round(TERAFLOPS * 1e12 / (3 * flops * config.batch))
     argv = [*RUNS[run], "--seed", seed, "--steps", steps, "--out", FOLDER / f"{run}-{seed}",
             "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2]
-    return list(map(str, argv)), dict(params=params, gflops=flops / 1e9, steps=steps)
+    return list(map(str, argv)), dict(params=params, steps=steps)
 
 
 def held_out(config, n=512):
@@ -151,8 +149,9 @@ def score_of(file):
 
 
 def call(script, *argv):
-    subprocess.run([sys.executable, ROOT / script, *map(str, argv)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise data.UserError(f"{script}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
 
 
 def train_and_judge(run, seed):
@@ -164,9 +163,8 @@ def train_and_judge(run, seed):
     network, config = sample.load(out / "ckpt.pt")
     facts["minutes"] = data.read_checkpoint(out / "ckpt.pt")["seconds"] / 60
     facts["loss"] = losses_of(network, config)
-    ask = ["--prompt", *data.asked_scenes(SCORED)[0]] if config["cond"] == "text" else []
-    call("sample.py", "--ckpt", out / "ckpt.pt", "--n", SCORED, *ask, "--npz", out / "samples.npz", "--out",
-         out / "samples.png")
+    call("sample.py", "--ckpt", out / "ckpt.pt", "--n", SCORED, "--score", "--npz", out / "samples.npz", "--out",
+         out / "samples.png")                               # --score: of text, it asks for held-out scenes
     facts["score"] = score_of(out / "samples.npz")
     data.write_file(out / "result.json", lambda f: f.write(json.dumps(facts, indent=1).encode()))
 
@@ -174,10 +172,9 @@ def train_and_judge(run, seed):
 def draw_and_judge(name, label):
     """Sample from the long run and score: writes a .json into the folder of runs."""
     file = FOLDER / f"{name}-{label}"
-    start = time.time()
     call("sample.py", "--ckpt", LONG_RUN, "--n", SCORED, *SAMPLING[name][label], "--npz", f"{file}.npz", "--out",
          f"{file}.png")
-    facts = dict(score=score_of(f"{file}.npz"), minutes=(time.time() - start) / 60)
+    facts = dict(score=score_of(f"{file}.npz"))
     data.write_file(Path(f"{file}.json"), lambda f: f.write(json.dumps(facts, indent=1).encode()))
 
 
@@ -204,10 +201,8 @@ def table(name):
     """Markdown, a list of lines; empty if nothing is finished."""
     if name in SAMPLING:
         found = {label: read(FOLDER / f"{name}-{label}.json") for label in SAMPLING[name]}
-        lines = ["| sampler, evaluations | shape and colour as asked |" if name == "samplers" else
-                 "| | shape and colour as asked |", "|---|---|"]
-        return lines + [f"| {label} | {r['score']['both']:.1f}% |" for label, r in found.items() if r] if any(
-            found.values()) else []
+        lines = [f"| {label} | {r['score']['both']:.1f}% |" for label, r in found.items() if r]
+        return ["| | shape and colour as asked |", "|---|---|", *lines] if lines else []
     seeds, rows = EXPERIMENTS[name]
     found = results(rows, seeds)
     if not found:

@@ -235,7 +235,7 @@ def test_tables_of_the_miniature_hold_mean_and_spread_of_finished_rows_alone(tmp
     monkeypatch.setattr(miniature, "FOLDER", tmp_path)
     for seed in range(3):
         (tmp_path / f"uvit-{seed}").mkdir()
-        result = dict(params=3e6, gflops=0.5, steps=500, minutes=2, loss=[0.4, 0.3, 0.2, 0.1 * (seed + 1)],
+        result = dict(params=3e6, steps=500, minutes=2, loss=[0.4, 0.3, 0.2, 0.1 * (seed + 1)],
                       score=dict(both=10 * seed, shape=50, colour=100))
         (tmp_path / f"uvit-{seed}" / "result.json").write_text(json.dumps(result))
     head, rule, *rows = miniature.table("backbones")
