@@ -190,7 +190,9 @@ class IUViT(nn.Module):
         self.patch_embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim)) if text_dim else None
-        self.time_embed = nn.Sequential(nn.Linear(2 * dim if text_dim else dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.text_pool = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim, bias=False)) \
+            if text_dim else None
+        self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
 
         # blocks
@@ -232,12 +234,14 @@ class IUViT(nn.Module):
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
-        time, text = timestep_embedding(t, self.dim), ()                    # (B, D)
+        time, text = self.time_embed(timestep_embedding(t, self.dim)), ()   # (B, D)
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            time = torch.cat([time, masked_mean(*text)], dim=1)             # (B, 2D): the mean of the text
-        tokens = [self.time_embed(time)[:, None], x]                        # (B, 1, D), (B, h*w, D)
+            # a linear of the mean, added, is the same as the mean concatenated with what the last layer of time's MLP
+            # reads (where and how: assumed; read by the first layer, single words are so faint that they are learnt late)
+            time = time + self.text_pool(masked_mean(*text))                # (B, D)
+        tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
         if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
         x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)

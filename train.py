@@ -130,8 +130,10 @@ SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=
 PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, resample="conv", dropout=0.0)),
-    "uvit-shapes":    dict(LAPTOP, model="uvit", steps=5000, net=dict(patch_size=4, dim=192, depth=7, heads=3)),
-    "iuvit-shapes":   dict(LAPTOP, model="iuvit", steps=4400, net=dict(patch_size=4, dim=192, depth=7, heads=3)),
+    "uvit-shapes":    dict(LAPTOP, model="uvit", steps=12_000, sample_every=3000, net=dict(
+        patch_size=4, dim=96, depth=7, heads=3)),
+    "iuvit-shapes":   dict(LAPTOP, model="iuvit", steps=9000, sample_every=2250, net=dict(
+        patch_size=4, dim=96, depth=7, heads=3)),
     "ascend-shapes":  dict(LAPTOP, model="ascend", steps=2600, net=dict(
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, dropout=0.0)),
 
@@ -139,7 +141,7 @@ PRESETS = {
         dim=32, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=32, resample="conv", dropout=0.0,
         text_dim=256)),
     "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", net=dict(
-        patch_size=4, dim=192, depth=7, heads=3, text_dim=256)),
+        patch_size=4, dim=96, depth=7, heads=3, text_dim=256)),
 
     "unet-emoji64":   dict(SMALL64, model="unet", net=dict(
         dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, resample="conv",

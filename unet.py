@@ -214,7 +214,9 @@ class UNet(nn.Module):
         self.dim = dim
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # LN assumed
-        self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
+        self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False)) \
+            if text_dim else None
+        self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder
         size, C = img_size, dim
@@ -253,14 +255,15 @@ class UNet(nn.Module):
         mask (B, L) bool is False are padding (no mask: none is)."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
-        time, text = timestep_embedding(t, self.dim), ()                # (B, dim)
+        emb, text = self.time_embed(timestep_embedding(t, self.dim)), ()    # (B, E)
+        if self.class_embed is not None:
+            emb = emb + self.class_embed(y)                             # (B, E)
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            time = torch.cat([time, masked_mean(*text)], dim=1)         # (B, dim + E): the mean of the text
-        emb = self.time_embed(time)                                     # (B, E)
-        if self.class_embed is not None:
-            emb = emb + self.class_embed(y)                             # (B, E)
+            # a linear of the mean, added, is the same as the mean concatenated with what the last layer of time's MLP
+            # reads (where and how: assumed; read by the first layer, single words are so faint that they are learnt late)
+            emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, 3, H, W)
         for layer in self.encoder:

@@ -137,7 +137,8 @@ def print_growth(dtype, at_least):
     for dim in (96, 192, 384):
         line(f"width {dim}", "iuvit-shapes", ["--net", json.dumps(dict(dim=dim, heads=dim // 64 or 1))])
     for patch in (8, 4, 2):
-        line(f"patch {patch}, {(32 // patch)**2} tokens", "iuvit-shapes", ["--net", json.dumps(dict(patch_size=patch))])
+        line(f"patch {patch}, {(32 // patch)**2} tokens", "iuvit-shapes",
+             ["--net", json.dumps(dict(patch_size=patch, dim=192))])
     for dim in (16, 32, 64):
         line(f"width {dim}", "unet-shapes", ["--net", json.dumps(dict(dim=dim, head_dim=dim))])
     for name, size in (("shapes", 32), ("shapes64", 64), ("emoji128", 128)):

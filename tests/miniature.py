@@ -64,9 +64,9 @@ RUNS = {
     "unet-linear":      ["--preset", "unet-shapes", "--schedule", "linear"],
     "unet-eps-linear":  ["--preset", "unet-shapes", "--prediction", "eps", "--schedule", "linear"],
 
-    "iuvit-p8":         ["--preset", "iuvit-shapes", *net(patch_size=8)],
+    "iuvit-wide":       ["--preset", "iuvit-shapes", *net(dim=192)],
+    "iuvit-p8":         ["--preset", "iuvit-shapes", *net(patch_size=8, dim=192)],
     "iuvit-p8-wide":    ["--preset", "iuvit-shapes", *net(patch_size=8, dim=384, heads=6)],
-    "iuvit-p4-narrow":  ["--preset", "iuvit-shapes", *net(dim=96, heads=3)],
 }
 
 # name of an experiment -> number of seeds, {what a row is called: its run}
@@ -81,8 +81,8 @@ EXPERIMENTS = {
                    "without skips": "ascend-no-skips", "patch merging and expanding": "ascend-merge"}),
     "prediction": (1, {"v, cosine": "unet", "v, linear": "unet-linear", "eps, cosine": "unet-eps",
                        "eps, linear (the paper's)": "unet-eps-linear"}),
-    "patch": (1, {"patch 4, width 192": "iuvit", "patch 8, width 192": "iuvit-p8",
-                  "patch 8, width 384": "iuvit-p8-wide", "patch 4, width 96": "iuvit-p4-narrow"}),
+    "patch": (1, {"patch 4, width 96": "iuvit", "patch 4, width 192": "iuvit-wide",
+                  "patch 8, width 192": "iuvit-p8", "patch 8, width 384": "iuvit-p8-wide"}),
 }
 
 # sampling from LONG_RUN: name of an experiment -> {what a row is called: flags of sample.py}
