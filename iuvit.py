@@ -238,8 +238,8 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # a linear of the mean, added, is the same as the mean concatenated with what the last layer of time's MLP
-            # reads (where and how: assumed; read by the first layer, single words are so faint that they are learnt late)
+            # A linear of the mean, added, is the same as the mean concatenated with what the last layer of time's MLP
+            # reads (where in the MLP: assumed; read by the first layer, single words are faint, and learnt late).
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
         if self.class_embed is not None:
