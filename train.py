@@ -442,12 +442,28 @@ def learning_rate(config, step):
     return config.lr * min(1, (step + 1) / max(1, config.warmup), left / config.cooldown if config.cooldown else 1)
 
 
+def claim(out):
+    """An open file: as long as it is open, and this process lives, no other process can claim the folder. Two trainings
+    would overwrite each other's checkpoints. Where files cannot be locked (Windows, some network disks) nothing is."""
+    f = open(Path(out) / ".lock", "a")
+    try:
+        import fcntl
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)   # unlike flock's, not inherited by loader workers: ends with us
+    except (BlockingIOError, PermissionError):
+        fail(f"another training is writing to {out}: stop it, or choose another --out")
+    except (ImportError, OSError):
+        pass
+    return f
+
+
 def open_run(config, info, fresh, main_rank):
     """Make or find the run's folder; returns its checkpoint, or None for a new run.
 
     A folder that holds another run is refused with the difference shown. fresh moves the old run aside."""
     out = Path(config.out)
     asked = flat(config.record(info))
+    if main_rank and fresh and out.is_dir():
+        claim(out).close()                                                  # or it would move a running one
     if main_rank and fresh and out.exists():
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
         out.rename(aside)
@@ -604,6 +620,7 @@ def main():
 
     # resume
     ckpt = open_run(config, info, fresh, main_rank)
+    lock = claim(config.out) if main_rank else None                 # held to the end of this function
     if world > 1:
         dist.barrier()
     start, seconds = 0, 0.0

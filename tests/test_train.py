@@ -280,6 +280,22 @@ def test_fresh_moves_the_old_run_aside_whole(trained):
         assert column("step") == [1, 2]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
+def test_two_trainings_in_one_folder_are_one_too_many_until_the_first_is_killed(trained):
+    trained()
+    before = contents()
+    holder = subprocess.Popen([sys.executable, "-c", "import train; lock = train.claim('run'); print(flush=True); input()"],
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()                            # it has the lock
+    for flags in (["--steps", 3], ["--fresh"]):
+        with pytest.raises(data.UserError, match="another training is writing to run"):
+            trained(*flags)
+        assert contents() == before and not Path("run-old1").exists()
+    holder.kill()
+    holder.communicate()
+    assert trained("--steps", 3)["step"] == 3
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
 
@@ -341,7 +357,7 @@ def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint_whole(trained
 
 def test_the_folder_of_a_run_holds_what_the_readme_says(trained):
     ckpt = trained("--steps", 4, "--sample-every", 2)
-    assert sorted(contents()) == ["ckpt.pt", "config.json", "log.csv", "samples/progress.png",
+    assert sorted(contents()) == [".lock", "ckpt.pt", "config.json", "log.csv", "samples/progress.png",
                                   "samples/step_0000002.png", "samples/step_0000004.png"]
     assert sorted(ckpt) == ["config", "ema", "model", "opt", "seconds", "step"]
     assert json.loads(Path("run/config.json").read_text()) == ckpt["config"]
