@@ -115,8 +115,8 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
 # crosses: large mistakes made early, which fresh noise mends and a deterministic path keeps, so Euler-Maruyama; and
 # guidance gains nothing.
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
-              steps=4800, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
-              sampler="em", sample_steps=200, cfg=1.0, sample_every=1200, save_every=500)
+              steps=4500, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
+              sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
 # the set shapes-text, by words: one or two objects and where they are
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=8000, cfg=1.5, sample_every=2000)
