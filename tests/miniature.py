@@ -108,7 +108,7 @@ def command(run, seed):
     params, flops = train.measure(config, info, tokens=16)  # as many as captions of shapes have, with padding
     steps = round(TERAFLOPS * 1e12 / (3 * flops * config.batch))
     argv = [*RUNS[run], "--seed", seed, "--steps", steps, "--out", FOLDER / f"{run}-{seed}",
-            "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2]
+            "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2, "--sample-every", -(-steps // 4)]
     return list(map(str, argv)), dict(params=params, steps=steps)
 
 
@@ -260,18 +260,17 @@ def figure(name):
     sheet.save(ROOT / "assets" / f"miniature-{name}.png")
 
 
-def progress():
-    """Four pictures of each laptop preset down its training, side by side, from the runs in runs/ that there are."""
-    files = {model: ROOT / "runs" / f"{model}-shapes" / "samples" / "progress.png" for model in train.MODELS}
-    strips = {model: Image.open(file).convert("RGB") for model, file in files.items() if file.exists()}
+def side_by_side(strips, name):
+    """Four pictures of each run down its training: {title: its progress.png}, of those that there are, into assets/."""
+    strips = {title: Image.open(file).convert("RGB") for title, file in strips.items() if file.exists()}
     if not strips:
         return
     width = 4 * 34 + 2
     sheet = Image.new("RGB", ((width + 14) * len(strips), 16 + max(strip.height for strip in strips.values())), "white")
-    for i, (model, strip) in enumerate(strips.items()):
-        ImageDraw.Draw(sheet).text((i * (width + 14) + 2, 2), train.MODELS[model].__name__, "black")
+    for i, (title, strip) in enumerate(strips.items()):
+        ImageDraw.Draw(sheet).text((i * (width + 14) + 2, 2), title, "black")
         sheet.paste(strip.crop((0, 0, width, strip.height)), (i * (width + 14), 16))
-    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.NEAREST).save(ROOT / "assets" / "progress.png")
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.NEAREST).save(ROOT / "assets" / f"{name}.png")
 
 
 def write_tables():
@@ -288,7 +287,10 @@ def write_tables():
             lines += ["", f"![Samples of one seed, losses of all](assets/miniature-{name}.png)"]
         text = re.sub(comments, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.DOTALL)
     data.write_file(file, lambda f: f.write(text.encode()))
-    progress()
+    side_by_side({net.__name__: ROOT / "runs" / f"{model}-shapes" / "samples" / "progress.png"
+                  for model, net in train.MODELS.items()}, "progress")
+    side_by_side({row: FOLDER / f"{run}-0" / "samples" / "progress.png" for row, run in EXPERIMENTS["patch"][1].items()},
+                 "miniature-patch-progress")
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
