@@ -398,8 +398,8 @@ class ASCEND(nn.Module):
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # A linear of the mean, added, is the same as the mean concatenated with what the last layer of time's MLP
-            # reads (where in the MLP: assumed; read by the first layer, single words are faint, and learnt late).
+            # A linear of the normalised mean, added, is that mean concatenated with what the last layer of time's MLP
+            # reads (the norm, and which layer: assumed; by way of the first, the words for colours are learnt later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, 3, H, W)

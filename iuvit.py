@@ -5,8 +5,8 @@
     2  a depth-wise convolution in the FFN          ffn="mlp" takes it back
     3  text has a cross-attention of its own,       text_attn="concat" has GLIDE's joint attention instead, with which
        instead of being in the sequence             the paper compares
-    4  a vector of the text stands beside time, and an MLP reads both (that it is the mean of the normalised tokens:
-       assumed)
+    4  a vector of the text stands beside time, and the last layer of an MLP reads both (which layer, and that the
+       vector is the normalised mean of the normalised tokens: assumed)
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, patch, patch, ..];
@@ -238,8 +238,8 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # A linear of the mean, added, is the same as the mean concatenated with what the last layer of time's MLP
-            # reads (where in the MLP: assumed; read by the first layer, single words are faint, and learnt late).
+            # A linear of the normalised mean, added, is that mean concatenated with what the last layer of time's MLP
+            # reads (the norm, and which layer: assumed; by way of the first, the words for colours are learnt later).
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
         if self.class_embed is not None:

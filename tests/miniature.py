@@ -32,7 +32,7 @@ import train
 
 # ---- what is tried -----------------------------------------------------------------------------------------
 
-TERAFLOPS = 10          # of training, a run: two or three minutes of one core
+TERAFLOPS = 10          # of training, a run: two to four minutes of one core
 FOLDER = ROOT / "runs" / "miniature"
 LONG_RUN = ROOT / "runs" / "unet-shapes" / "ckpt.pt"        # of `python train.py`: the experiments with sampling
 
@@ -41,7 +41,7 @@ def net(**changes):
     return ["--net", json.dumps(changes)]
 
 
-WIDER = dict(dim=32, head_dim=32)       # than the presets of U-Net and ASCEND, which are 24 wide
+WIDER = dict(dim=32, head_dim=32)       # than U-Net and ASCEND are in their presets, which were so wide at first
 
 # name of a run -> flags of train.py. Several experiments may show the same run
 RUNS = {
@@ -108,7 +108,8 @@ def command(run, seed):
     params, flops = train.measure(config, info, tokens=16)  # as many as captions of shapes have, with padding
     steps = round(TERAFLOPS * 1e12 / (3 * flops * config.batch))
     argv = [*RUNS[run], "--seed", seed, "--steps", steps, "--out", FOLDER / f"{run}-{seed}",
-            "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2, "--sample-every", -(-steps // 4)]
+            "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2,
+            "--sample-every", -(-steps // 4)]               # four sheets, the last at the end
     return list(map(str, argv)), dict(params=params, steps=steps)
 
 
@@ -289,8 +290,8 @@ def write_tables():
     data.write_file(file, lambda f: f.write(text.encode()))
     side_by_side({net.__name__: ROOT / "runs" / f"{model}-shapes" / "samples" / "progress.png"
                   for model, net in train.MODELS.items()}, "progress")
-    side_by_side({row: FOLDER / f"{run}-0" / "samples" / "progress.png" for row, run in EXPERIMENTS["patch"][1].items()},
-                 "miniature-patch-progress")
+    side_by_side({row: FOLDER / f"{run}-0" / "samples" / "progress.png"
+                  for row, run in EXPERIMENTS["patch"][1].items()}, "miniature-patch-progress")
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

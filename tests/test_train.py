@@ -284,8 +284,9 @@ def test_fresh_moves_the_old_run_aside_whole(trained):
 def test_two_trainings_in_one_folder_are_one_too_many_until_the_first_is_killed(trained):
     trained()
     before = contents()
-    holder = subprocess.Popen([sys.executable, "-c", "import train; lock = train.claim('run'); print(flush=True); input()"],
-                              env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = "import train; lock = train.claim('run'); print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()                            # it has the lock
     for flags in (["--steps", 3], ["--fresh"]):
         with pytest.raises(data.UserError, match="another training is writing to run"):
