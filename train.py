@@ -125,10 +125,10 @@ LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=8000, cfg=1.5, sample_every=2000)
 SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, samples=32,
                sampler="dpm", sample_steps=20)
 
-# Narrow networks, because in minutes the number of steps counts for more than width: in about a quarter of an hour of one
-# core a U-Net of width 24 came to a loss of 0.0125 and one of 32 to 0.0147, and an IU-ViT of 96 to 90% right by the
-# scorer and one of 192 to 4%. Most of the width is where pictures are small, since at full size a channel costs the most
-# time. Attention at 16 pixels gained nothing. U-ViT and IU-ViT see patches of 4, a fourth of the tokens.
+# Narrow networks, because in minutes the number of steps counts for more than width: in about a quarter of an hour of
+# one core a U-Net of width 24 came to a loss of 0.0125 and one of 32 to 0.0147, an IU-ViT of 96 to 90% right by the
+# scorer and one of 192 to 4%. Most of the width is where pictures are small, since at full size a channel costs the
+# most time. Attention at 16 pixels gained nothing. U-ViT and IU-ViT see patches of 4, a fourth of the tokens.
 PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(
         dim=24, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=24, resample="conv", dropout=0.0)),
