@@ -37,7 +37,6 @@ import os
 import pickle
 import re
 import shutil
-import stat
 import sys
 import tarfile
 import textwrap
@@ -75,7 +74,7 @@ def run(main):
     except BrokenPipeError:                             # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:
-        if os.environ.get("RANK", "0") == "0" or isinstance(e, OSError):        # mistakes are everybody's, told once
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, OSError):  # mistakes are a node's, told once
             tqdm.write("error: " + " ".join(str(e).split()), file=sys.stderr)       # on a line of its own, below bars
         sys.exit(2)
 
@@ -281,17 +280,20 @@ def draw_shapes(index, size):
     return images, colour * 4 + shape
 
 
-def shapes_source(src, size, limit):
+def drawn_source(src, size, limit, classes, items):
     if src is not None:
         raise UserError("the shapes sets are drawn: they take no --src")
     count = min(SHAPE_COUNT, limit or SHAPE_COUNT)
+    return Source(count, size, classes, items(count, size), "drawn", {}, [])
 
-    def items():
-        for start in range(0, count, 500):
-            images, labels = draw_shapes(np.arange(start, min(start + 500, count)), size)
-            yield from zip(images, labels, [None] * len(labels))
 
-    return Source(count, size, SHAPE_CLASSES, items(), "drawn", {}, [])
+def shape_items(count, size):
+    for start in range(0, count, 500):
+        images, labels = draw_shapes(np.arange(start, min(start + 500, count)), size)
+        yield from zip(images, labels, [None] * len(labels))
+
+
+shapes_source = functools.partial(drawn_source, classes=SHAPE_CLASSES, items=shape_items)
 
 
 # ---- shapes with captions: one or two objects, what they are and where ---------------------------
@@ -299,6 +301,7 @@ def shapes_source(src, size, limit):
 # on the left", or "a small red circle above a large blue square". The two differ in colour and never touch.
 
 SIDES = dict(small=(0.30, 0.35), large=(0.41, 0.46))    # of the bounding box, in units of the picture's side
+ALONE = 0.62                                            # up to which a large object goes that has the picture to itself
 PLACES = {"in the middle": (0, 0), "on the left": (-0.2, 0), "on the right": (0.2, 0), "at the top": (0, -0.2),
           "at the bottom": (0, 0.2)}                    # of one object: its centre from the picture's, within 0.06
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}   # from the second to the first
@@ -328,17 +331,16 @@ def draw_scene(index, held_out=False):
     grey = GREYS[choice(6, 3)]
     if not held_out and choice(7, 2) == 0:
         colour, place = choice(8, 6), list(PLACES)[choice(9, 5)]
-        x, y = (0.5 + d + 0.12 * (uniform(10 + i) - 0.5) for i, d in enumerate(PLACES[place]))
-        return grey, [Object(colour, shapes[0], x, y, boxes[0])], f"{phrase(sizes[0], colour, shapes[0])} {place}"
+        box = [boxes[0], SIDES["large"][0] + (ALONE - SIDES["large"][0]) * uniform(4)][sizes[0]]
+        x, y = (np.clip(0.5 + d + 0.12 * (uniform(10 + i) - 0.5), box / 2, 1 - box / 2)
+                for i, d in enumerate(PLACES[place]))
+        return grey, [Object(colour, shapes[0], x, y, box)], f"{phrase(sizes[0], colour, shapes[0])} {place}"
 
     relation = choice(8, 4)                             # its opposite is relation ^ 1
     missing = [held_out_colour(shapes[0], relation), held_out_colour(shapes[1], relation ^ 1)]
-    if held_out:
-        colours = [missing[0]]
-    else:
-        colours = [(missing[0] + 1 + choice(9, 5)) % 6]
-    left = [c for c in range(6) if c != colours[0] and (held_out or c != missing[1])]
-    colours.append(left[choice(10, len(left))])
+    colour = missing[0] if held_out else (missing[0] + 1 + choice(9, 5)) % 6
+    left = [c for c in range(6) if c != colour and (held_out or c != missing[1])]
+    colours = colour, left[choice(10, len(left))]
 
     # along the relation's axis each has its part of the side, across it is near the middle
     slack = 1 - boxes[0] - boxes[1] - GAP
@@ -354,17 +356,12 @@ def draw_scene(index, held_out=False):
     return grey, objects, f"{phrase(sizes[0], colours[0], shapes[0])} {name} {phrase(sizes[1], colours[1], shapes[1])}"
 
 
-def captions_source(src, size, limit):
-    if src is not None:
-        raise UserError("the shapes sets are drawn: they take no --src")
-    count = min(SHAPE_COUNT, limit or SHAPE_COUNT)
+def scene_items(count, size):
+    for grey, objects, caption in map(draw_scene, range(count)):
+        yield paint(grey, objects, size), None, [caption]
 
-    def items():
-        for index in range(count):
-            grey, objects, caption = draw_scene(index)
-            yield paint(grey, objects, size), None, [caption]
 
-    return Source(count, size, [], items(), "drawn", {}, [])
+captions_source = functools.partial(drawn_source, classes=[], items=scene_items)
 
 
 # ---- shapes: reading a picture back --------------------------------------------------------------
@@ -436,17 +433,11 @@ def read_shape(image):
     return (colour, fit_shape(alpha)[0]) if colour >= 0 else (-1, -1)
 
 
-def read_shapes(images):
-    """uint8 (N, 3, S, S) -> colour (N,), shape (N,), as in PALETTE and SHAPES; -1 = cannot tell."""
-    answers = np.array([read_shape(image) for image in images], np.int64).reshape(-1, 2)
-    return answers[:, 0], answers[:, 1]
-
-
 def score_shapes(images, labels):
     """Pictures that show the class asked for -> dict(n, shape, colour, both), in percent. Needs no
     network. Of real pictures all are right, of noise none, of other classes 4%."""
     labels = np.asarray(labels)
-    colour, shape = read_shapes(images)
+    colour, shape = np.array([read_shape(image) for image in images], np.int64).reshape(-1, 2).T
     right = dict(shape=shape == labels % 4, colour=colour == labels // 4)
     right["both"] = right["shape"] & right["colour"]
     return dict(n=len(labels), **{key: 100 * float(hit.mean()) for key, hit in right.items()})
@@ -498,27 +489,41 @@ def direction(dx, dy, names):
     return max(names, key=lambda name: dx * names[name][0] + dy * names[name][1])
 
 
+class Seen(NamedTuple):
+    size: str             # words of captions; None: none of them
+    colour: str
+    shape: str
+    x: float              # centre, in units of the picture's side
+    y: float
+
+
+def in_words(o):
+    """An Object, whose colour or shape may be -1, -> Seen."""
+    return Seen("large" if o.box > LARGE else "small", [*PALETTE, None][o.colour], [*SHAPES, None][o.shape], o.x, o.y)
+
+
+NOTHING = Seen(None, None, None, 0, 0)
+
+
 def judge_scene(objects, asked):
-    """Objects seen, and the groups of CAPTION_FORM -> {what was asked: is it so?}."""
-    things = [thing for thing in (asked[0:3], asked[5:8]) if thing[1]]          # (size or None, colour, shape) each
-    place, relation = asked[3:5]
-    seen = [(("small", "large")[o.box > LARGE], ([*PALETTE, None])[o.colour], ([*SHAPES, None])[o.shape], o)
-            for o in objects[:len(things)]]
-    seen += [(None, None, None, None)] * (len(things) - len(seen))
+    """Objects seen, the largest first, and the match of CAPTION_FORM with a caption -> {what was asked: is it so?}."""
+    size, colour, shape, place, relation, *other = asked.groups()
+    things = [(size, colour, shape), tuple(other)][:2 if relation else 1]
+    seen = [*map(in_words, objects), NOTHING, NOTHING][:len(things)]
     # which is which: the order in which more colours and shapes are as asked
-    seen = max((seen, seen[::-1]), key=lambda order: sum(a == b for o, thing in zip(order, things)
-                                                         for a, b in zip(o[1:3], thing[1:3])))
-    right = dict(colour=all(o[1] == thing[1] for o, thing in zip(seen, things)),
-                 shape=all(o[2] == thing[2] for o, thing in zip(seen, things)))
-    if any(thing[0] for thing in things):
-        right["size"] = all(thing[0] in (None, o[0]) for o, thing in zip(seen, things))
+    seen = max((seen, seen[::-1]), key=lambda order: sum(
+        (o.colour == colour) + (o.shape == shape) for o, (_, colour, shape) in zip(order, things)))
+    right = dict(colour=all(o.colour == colour for o, (_, colour, _) in zip(seen, things)),
+                 shape=all(o.shape == shape for o, (_, _, shape) in zip(seen, things)))
+    if any(size for size, *_ in things):
+        right["size"] = all(size in (None, o.size) for o, (size, *_) in zip(seen, things))
     if place:
-        dx, dy = (seen[0][3].x - 0.5, seen[0][3].y - 0.5) if objects else (9, 9)
-        middle = max(abs(dx), abs(dy)) < MIDDLE
-        right["place"] = bool(objects) and place == ("in the middle" if middle else direction(dx, dy, PLACES))
+        dx, dy = seen[0].x - 0.5, seen[0].y - 0.5
+        where = "in the middle" if max(abs(dx), abs(dy)) < MIDDLE else direction(dx, dy, PLACES)
+        right["place"] = NOTHING not in seen and place == where
     if relation:
-        a, b = seen[0][3], seen[1][3]
-        right["relation"] = bool(a and b) and relation == direction(a.x - b.x, a.y - b.y, RELATIONS)
+        dx, dy = seen[0].x - seen[1].x, seen[0].y - seen[1].y
+        right["relation"] = NOTHING not in seen and relation == direction(dx, dy, RELATIONS)
     right["all"] = all(right.values()) and len(objects) == len(things)
     return right
 
@@ -531,7 +536,7 @@ def score_captions(images, captions):
     if None in asked:
         raise UserError(f"{captions[asked.index(None)]!r} cannot be scored; this can: {draw_scene(1)[2]!r}, "
                         f"{draw_scene(0)[2]!r}")
-    right = [judge_scene(read_scene(image), match.groups()) for image, match in zip(images, asked)]
+    right = [judge_scene(read_scene(image), match) for image, match in zip(images, asked)]
     keys = [key for key in ("colour", "shape", "size", "place", "relation", "all") if any(key in r for r in right)]
     return dict(n=len(right), **{key: 100 * float(np.mean([r[key] for r in right if key in r])) for key in keys})
 
@@ -539,13 +544,12 @@ def score_captions(images, captions):
 def asked_scenes(n):
     """n captions to be scored by, and the kind of each: one object, two objects, held-out. By turns, of numbers that
     no training has seen."""
-    kinds, captions, index = ("one object", "two objects", "held-out"), [], SHAPE_COUNT
-    for i in range(n):
-        caption = ""
-        while not caption or i % 3 < 2 and (" a " in caption) != (i % 3 == 1):
-            caption, index = draw_scene(index, held_out=i % 3 == 2)[2], index + 1
-        captions.append(caption)
-    return captions, [kinds[i % 3] for i in range(n)]
+    numbers, captions = itertools.count(SHAPE_COUNT), []
+    kinds = list(itertools.islice(itertools.cycle(["one object", "two objects", "held-out"]), n))
+    for kind in kinds:
+        drawn = (draw_scene(number, kind == "held-out")[2] for number in numbers)
+        captions.append(next(c for c in drawn if kind == "held-out" or (" a " in c) == (kind == "two objects")))
+    return captions, kinds
 
 
 # ---- emoji: a thousand real pictures with real captions, out of a font ---------------------------
@@ -559,13 +563,9 @@ def emoji_name(code):
     there are depends on Python a little: each version knows the emoji of its day."""
     name = unicodedata.name(chr(code), "")
     words = set(name.split())
-    if unicodedata.category(chr(code)) != "So" or "SIGN" in words:
-        return ""
-    if any(part in name for part in NOT_PICTURES):
-        return ""
-    if code < 0x1F5A4 and words & {"BLACK", "WHITE"}:   # there they mean filled and outlined:
-        return ""                                       # a WHITE SUN is yellow
-    return name.lower()
+    sign = unicodedata.category(chr(code)) != "So" or "SIGN" in words or any(part in name for part in NOT_PICTURES)
+    outlined = code < 0x1F5A4 and words & {"BLACK", "WHITE"}            # a WHITE SUN is yellow
+    return "" if sign or outlined else name.lower()
 
 
 def emoji_source(src, size, limit):
@@ -694,13 +694,9 @@ class Folder(Place):
                              and not here.is_relative_to(Path(folder, d).resolve())]    # a link to above: a circle
             inside = os.path.relpath(folder, src).replace(os.sep, "/") + "/"
             for f in files:
-                try:
-                    status = os.stat(os.path.join(folder, f))
-                except OSError:                         # a link to nowhere: it cannot be opened either
-                    status = None
-                pipe = status and stat.S_ISFIFO(status.st_mode)         # opening it would wait for a writer
-                if not f.startswith(".") and not pipe:
-                    sizes[(inside + f).removeprefix("./")] = status.st_size if status else -1
+                path = Path(folder, f)
+                if not f.startswith(".") and not path.is_fifo():        # opening a pipe would wait for a writer
+                    sizes[(inside + f).removeprefix("./")] = path.stat().st_size if path.exists() else -1
         self.names = sorted(sizes)
         self.sha256 = digest(f"{name}\t{sizes[name]}" for name in self.names)
 
@@ -742,38 +738,42 @@ if hasattr(os, "register_at_fork"):                     # an lmdb must not be ca
 
 
 class Lmdb(Place):
-    """The values of an lmdb, as LSUN comes; names: bytes (N,), in the order of the keys, which are hashes."""
+    """The values of an lmdb, as LSUN comes; names: bytes (N,), the keys, hashes, in their order, and a full stop each:
+    numpy drops zeros at an end."""
 
     def __init__(self, src, names=None):
         self.src, self.names = src, names
+        open_lmdb(src)                                  # now, since several threads must not do it at a time
         if names is None:
             with open_lmdb(src).begin() as view:
                 keys = tqdm(view.cursor().iternext(values=False), desc="keys", disable=None)
-                self.names = np.array(list(keys), bytes)
+                self.names = np.array([key + b"." for key in keys], bytes)
             size = os.path.getsize(os.path.join(src, "data.mdb"))
             self.sha256 = hashlib.sha256(self.names.tobytes() + b"%d" % size).hexdigest()
 
     def open(self, name):
         with open_lmdb(self.src).begin() as view:
-            return io.BytesIO(view.get(bytes(name)))
+            value = view.get(bytes(name)[:-1])
+        if value is None:
+            raise UserError(f"{self.src} lacks entries that it had when it was prepared")
+        return io.BytesIO(value)
 
 
 def tar_pictures(path):
     """The pictures in a tar and what is wrong with it, or "". int64 (N, 5): number, where the picture starts, its
-    bytes, the same of its caption (0 0 without one). Neighbours of one name up to the first dot belong together."""
-    samples, trouble, end = [], "", os.path.getsize(path)
+    bytes, the same of its caption (0 0 without one). Files of one name up to the first dot belong together."""
+    samples, trouble, end = {}, "", os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 folder, file = os.path.split(member.name)
                 stem, _, kind = file.partition(".")
                 if member.isfile() and stem and member.offset_data + member.size <= end:
-                    if not samples or samples[-1][0] != (folder, stem):
-                        samples.append(((folder, stem), {}))
-                    samples[-1][1]["." + kind.lower()] = member.offset_data, member.size
+                    sample = samples.setdefault((folder, stem), {})
+                    sample["." + kind.lower()] = member.offset_data, member.size
     except tarfile.TarError as e:                       # what was read is good all the same
         trouble = str(e)
-    rows = [(*sample[kind], *sample.get(".txt", (0, 0))) for _, sample in samples
+    rows = [(*sample[kind], *sample.get(".txt", (0, 0))) for sample in samples.values()
             for kind in [ext for ext in EXTENSIONS if ext in sample][:1]]
     return np.array([(i, *row) for i, row in enumerate(rows)], np.int64).reshape(-1, 5), trouble
 
@@ -828,9 +828,12 @@ def open_place(src, limit):
     """Whatever is there; of tars only as many as it takes to reach the limit."""
     if os.path.exists(os.path.join(src, "data.mdb")):
         return Lmdb(src)
-    if os.path.isdir(src) and any(f.endswith(".tar") for f in os.listdir(src)):
-        return Tars(src, limit=limit)
-    return open_files(src)
+    files = open_files(src)
+    if isinstance(files, Folder) and any(f.endswith(".tar") for f in os.listdir(src)):
+        if not files.pictures():
+            return Tars(src, limit=limit)
+        print(f"warning: {src} has .tar files beside its pictures: taking the pictures alone", file=sys.stderr)
+    return files
 
 
 # ---- how a picture becomes a square --------------------------------------------------------------
@@ -1047,10 +1050,12 @@ def folder_captions(place, names):
     return captions if without < len(names) else None
 
 
-def folder_source(src, size, limit, crop):
-    """Whatever is there: tar shards stay where they are, all else is converted."""
+def folder_source(src, size, limit, crop, in_place=False):
+    """Whatever is there: tar shards stay where they are, all else is converted. in_place: shards or an lmdb, to stay."""
     place = open_place(src, limit)
-    if isinstance(place, Tars):
+    if in_place and not isinstance(place, (Tars, Lmdb)):
+        raise UserError(f"--src {src} is no folder of .tar shards, and no lmdb")
+    if in_place or isinstance(place, Tars):
         return in_place_source(place, size, limit, crop)
     if isinstance(place, Lmdb):
         return pictures_source(place, place.names, size, limit, crop)
@@ -1060,12 +1065,8 @@ def folder_source(src, size, limit, crop):
 
 # ---- the sets of the paper -----------------------------------------------------------------------
 
-def big_source(src, size, limit, crop):
-    """CC12M and LAION as img2dataset leaves them, LSUN bedroom as an lmdb: sets that stay where they are."""
-    place = open_place(src, limit)
-    if not isinstance(place, (Tars, Lmdb)):
-        raise UserError(f"--src {src} is no folder of .tar shards, and no lmdb")
-    return in_place_source(place, size, limit, crop)
+# CC12M and LAION as img2dataset leaves them, LSUN bedroom as an lmdb
+big_source = functools.partial(folder_source, in_place=True)
 
 
 def read_table(place, stem, columns=None):
@@ -1172,7 +1173,7 @@ def imagenet_source(src, size, limit):
 
 # ---- prepare: a source is converted, once --------------------------------------------------------
 # flip: may training mirror pictures? Not emoji, with their letters and hands, and not what long captions tell the
-# left and right of. crop: how pictures are cut where nobody asks for another way. src: what --src must be.
+# left and right of; None: if it has no captions. crop: how pictures are cut where nobody asks for another way. src: what --src must be.
 
 CELEBA = functools.partial(faces_source, images="img_align_celeba", attributes="list_attr_celeba",
                            split="list_eval_partition")
@@ -1206,7 +1207,7 @@ BUILT_IN = {
     "shapes-text": dict(size=32, classes=[], captions=True, flip=False, source=captions_source),
     "shapes64-text": dict(size=64, classes=[], captions=True, flip=False, source=captions_source),
 }
-OWN = dict(size=None, flip=True, source=folder_source, crop="square",           # the row of any other name
+OWN = dict(size=None, flip=None, source=folder_source, crop="square",           # the row of any other name
            src="a folder of pictures, a .zip, .tar shards or an lmdb")
 NO_SOURCE = [name for name, row in BUILT_IN.items() if row["source"] in (shapes_source, captions_source, emoji_source)]
 
@@ -1241,8 +1242,6 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     if size is not None and (size < 8 or row["size"] not in (None, size)):
         raise UserError(f"--size {size}: " + (f"{name} is always {row['size']} pixels"
                                               if row["size"] else "must be at least 8"))
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, not {limit}")
     if crop is not None and ("crop" not in row or read_crop(crop) == "bbox" != row["crop"]):
         raise UserError(f"--crop {crop}: {name} has no such boxes" if "crop" in row else
                         f"--crop: the pictures of {name} are square already")
@@ -1327,9 +1326,10 @@ def convert(source, folder, about):
         write_lines("skipped.txt", (f"{path}\t{reason}" for path, reason in skipped))
         print(f"skipped {len(skipped)} unreadable files, listed in {folder}/skipped.txt; the first: "
               "{!r} ({})".format(*skipped[0]))
-    meta = dict(about, size=S, n=len(labels) if index is None else len(index), classes=source.classes,
-                captions=lines.exists() or source.notes.get("place") == "Tars", source=source.origin,
-                skipped=len(skipped), **source.notes)
+    captions = lines.exists() or source.notes.get("place") == "Tars"
+    flip = not captions if about["flip"] is None else about["flip"]
+    meta = dict(about, flip=flip, size=S, n=len(labels) if index is None else len(index), classes=source.classes,
+                captions=captions, source=source.origin, skipped=len(skipped), **source.notes)
     write_lines("meta.json", [json.dumps(meta, indent=1)])
 
 
@@ -1752,6 +1752,11 @@ def null_like(cond, null):
     return features, mask
 
 
+def drop(cond, null, chosen):
+    """cond with the null condition in the chosen rows: bool (B,). Guidance needs a network that learned both."""
+    return [torch.where(chosen.view(-1, *[1] * (c.dim() - 1)), empty, c) for c, empty in zip(cond, null_like(cond, null))]
+
+
 def captioned_name(name):
     """The set that --cond text learns from: shapes have one of their own, with up to two objects."""
     return f"{name}-text" if name in ("shapes", "shapes64") else name
@@ -1764,10 +1769,8 @@ def find_encoder(name, data_dir, asked):
     found = sorted(path.parent for path in Path(folder, "text").glob("*/meta.json"))
     there = {path.name: read_meta(path, FEATURES) for path in found}
     source = BUILT_IN.get(name, OWN)["source"]
-    if not asked and source in (captions_source, emoji_source):
-        asked = "words"
-    if not asked and len(there) == 1:
-        asked = list(there)[0]
+    if not asked:
+        asked = "words" if source in (captions_source, emoji_source) else list(there)[0] if len(there) == 1 else ""
     known = there.get(os.path.basename(text_folder(folder, asked))) if asked else None
     if known:
         return known["encoder"], known["width"]
@@ -1803,11 +1806,8 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         k = step * self.batch + self.rows
-        epoch, place = np.divmod(k, self.n)
-        index = np.empty_like(k)
-        for e in np.unique(epoch):
-            here = epoch == e
-            index[here] = permutation(self.seed, int(e), self.n)[place[here]]
+        places = zip(*(part.tolist() for part in np.divmod(k, self.n)))
+        index = np.array([permutation(self.seed, epoch, self.n)[place] for epoch, place in places])
 
         order = np.argsort(index)                       # the disk is read in one direction
         taken, index[order] = self.pictures.take(index[order], self.n)
@@ -1864,39 +1864,29 @@ def show(name, data_dir, out):
 
 def export(name, data_dir, out, limit):
     """000000.png .. and images.npz: arr_0 uint8 (N, S, S, 3), arr_1 classes, for FID tools."""
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, not {limit}")
     if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise UserError(f"--out {out} is not a new or empty folder")
     pictures = open_or_prepare(name, data_dir)
-    n, S, used = min(len(pictures), limit or len(pictures)), pictures.size, []
+    n, S = min(len(pictures), limit or len(pictures)), pictures.size
 
     def save(i):
-        (square,), (number,) = pictures.take(np.array([i]))
-        image = Image.fromarray(square.transpose(1, 2, 0))
+        image = Image.fromarray(pictures.take(np.array([i]))[0][0].transpose(1, 2, 0))
         image.save(os.path.join(out, f"{i:06d}.png"))
-        return image.tobytes(), number
+        return image.tobytes()
 
-    try:
-        os.makedirs(out, exist_ok=True)
-        with zipfile.ZipFile(os.path.join(out, "images.npz"), "w") as npz:  # np.savez would hold all of it in memory
-            with npz.open("arr_0.npy", "w", force_zip64=True) as f:
-                np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, S, S, 3)))
-                for pixels, number in tqdm(in_threads(save, range(n)), total=n, disable=None):
-                    f.write(pixels)
-                    used.append(number)
-            if pictures.labels is not None:
-                with npz.open("arr_1.npy", "w") as f:
-                    np.lib.format.write_array(f, pictures.labels[used])
-    except OSError as e:
-        raise UserError(f"cannot write --out {out}: {e}")
+    os.makedirs(out, exist_ok=True)
+    with zipfile.ZipFile(os.path.join(out, "images.npz"), "w") as npz:      # np.savez would decode all of it into memory
+        with npz.open("arr_0.npy", "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, S, S, 3)))
+            f.writelines(tqdm(in_threads(save, range(n)), total=n, disable=None))
+        if pictures.labels is not None:
+            with npz.open("arr_1.npy", "w") as f:
+                np.lib.format.write_array(f, pictures.labels[:n])
     print(f"{out}: {n:,} PNGs, and images.npz with {1 if pictures.labels is None else 2} array(s)")
 
 
 def encode_command(name, data_dir, encoder, limit):
     """Under torchrun the processes share the shards of a set; any other is the first one's."""
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, not {limit}")
     rank, world = processes()
     name = captioned_name(name)
     if rank > 0 and name in NO_SOURCE:                  # which the first may be drawing
@@ -1904,8 +1894,9 @@ def encode_command(name, data_dir, encoder, limit):
     pictures = open_or_prepare(name, data_dir)
     if pictures.captions is None:
         raise UserError(f"{name} has no captions to encode")
-    folder = text_folder(pictures.folder, encoder)
-    if not encode_set(pictures, load_encoder(encoder), limit, rank, world):
+    encoder = load_encoder(encoder)
+    folder = text_folder(pictures.folder, encoder.name)
+    if not encode_set(pictures, encoder, limit, rank, world):
         return print(f"{folder} is there already: nothing to do")
     if meta := read_meta(folder, FEATURES):
         print(f"{folder}: {meta['captions']:,} captions of {meta['n']:,} pictures, {meta['tokens']:,} tokens, "
@@ -1950,6 +1941,8 @@ def parse(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[args.command].error(f"there is no {' '.join(unknown)}")
+    if getattr(args, "limit", None) is not None and args.limit < 1:
+        raise UserError(f"--limit must be at least 1, not {args.limit}")
     return args
 
 

@@ -106,8 +106,7 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
     The n are not drawn one by one, but evenly spaced from a random start: losses differ so much over t that covering it
     evenly in every batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
-    odds = shift * (u / (1 - u))**spread                # odds(t) = shift * odds(u)^spread, where odds(p) = p / (1 - p)
-    return odds / (1 + odds)
+    return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # the log of odds p / (1 - p), scaled and moved
 
 
 def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
@@ -145,11 +144,12 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
     It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means. (For
     notebooks: no command here has such a classifier.)"""
+    both = [torch.cat(pair) for pair in zip(cond, null)]
+
     def predict(x, t):
         t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
         if not cond or scale == 1:
             return net(x, t, *cond).float()
-        both = [torch.cat(pair) for pair in zip(cond, null)]
         with_cond, without = net(torch.cat([x, x]), torch.cat([t, t]), *both).float().chunk(2)
         return without + scale * (with_cond - without)
 
@@ -274,10 +274,10 @@ def pick_device(name):
 
 
 def fast_bfloat16(device):
-    """Whether it multiplies bfloat16 faster than float32: CUDA does, and CPUs with AMX tiles, or with AVX512-BF16 if
-    they are AMD's (on Intel's, without AMX, it was the slower type)."""
+    """Whether it multiplies bfloat16 faster than float32: NVIDIA's GPUs since Ampere do, and CPUs with AMX tiles, or with
+    AVX512-BF16 if they are AMD's (on Intel's, without AMX, it was the slower type)."""
     if device.type != "cpu":
-        return device.type == "cuda"
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",
                                                                        "_is_avx512_bf16_supported"))
     if amx or not avx or not os.path.exists("/proc/cpuinfo"):

@@ -12,6 +12,7 @@ From a notebook: `from sample import load; net, config = load("ckpt.pt")`, then 
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import json
 import math
@@ -62,8 +63,8 @@ def read_uvit(weights):
     """A file of U-ViT's authors (github.com/baofff/U-ViT) -> (arguments of UViT, its state_dict, facts).
 
     weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in UVIT_FILES
-    will do. facts are what the network must be used with: see train.py's Config; has_null False says that its null
-    class, which the authors' network lacks, is zero and untrained. ValueError, one line, if it is another network."""
+    will do. facts are what the network must be used with: see train.py's Config. Its null class, which the authors'
+    network lacks, is zero and untrained. ValueError, one line, if it is another network."""
     if "context_embed.weight" in weights:
         raise ValueError("it is a text-to-image U-ViT, which works on latents of an autoencoder and not on pixels")
     dim, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
@@ -88,7 +89,7 @@ def read_uvit(weights):
         for old, new in theirs.items():
             name = name.replace(old, new)
         ours[name] = F.pad(p, (0, 0, 0, 1)) if name == "class_embed.weight" else p      # one more row: the null class
-    facts = dict(schedule="linear", prediction="eps", clock="uvit", has_null=False)
+    facts = dict(schedule="linear", prediction="eps", clock="uvit")
     return arguments, exactly(UViT, arguments, ours), facts
 
 
@@ -103,8 +104,8 @@ def read_adm(weights):
     """A file of ADM's authors (github.com/openai/guided-diffusion) -> (arguments of UNet, its state_dict, facts).
 
     weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in ADM_FILES
-    will do. facts are what the network must be used with: see train.py's Config; has_null False says that its null
-    class, which the authors' network lacks, is zero and untrained. ValueError, one line, if it is another network.
+    will do. facts are what the network must be used with: see train.py's Config. Its null class, which the authors'
+    network lacks, is zero and untrained. ValueError, one line, if it is another network.
     The three output channels that predict a variance are left out: no sampler here reads them."""
     if "out.2.weight" not in weights or "output_blocks.0.0.in_layers.0.weight" not in weights:
         raise ValueError("it is a classifier of ADM, which has no decoder")
@@ -154,7 +155,7 @@ def read_adm(weights):
         if name == "class_embed.weight":
             p = F.pad(p, (0, 0, 0, 1))                                  # one more row: the null class
         ours[name] = p
-    facts = dict(schedule=known["schedule"], prediction="eps", clock="adm", has_null=False)
+    facts = dict(schedule=known["schedule"], prediction="eps", clock="adm")
     return arguments, exactly(UNet, arguments, ours), facts
 
 
@@ -204,7 +205,7 @@ def read(path, weights="ema"):
         raise data.UserError(f"{path} is no network that fits this code: {reason}")
     size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
     return dict(model=model, net=arguments, data=Path(path).stem, cond="class" if classes else "none", **facts,
-                drop=0.1 if facts["has_null"] else 0.0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
+                drop=0.0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
                 info=dict(size=size, classes=classes, flip=True)), state
 
 
@@ -225,6 +226,24 @@ def load(path, weights="ema", device="cpu"):
     except (KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
         raise data.UserError(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
+
+
+def draw(net, config, asked, ids, device):
+    """Pictures number `ids`, uint8 (B, 3, S, S), each from noise of its own.
+
+    config: as `load` returns it. asked: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)]."""
+    size, cond, null = config["info"]["size"], (), len(config["info"]["classes"])
+    if config["cond"] == "class":
+        cond = (asked.to(device),)
+    elif config["cond"] == "text":
+        features, mask = data.pad(asked)
+        cond, null = (features.to(device).float(), mask.to(device)), config["text"]["null"]
+    noise = diffusion.ImageNoise(data.image_seeds(config["seed"], ids), (3, size, size), device)
+    schedule = diffusion.SCHEDULES[config["schedule"]]
+    denoise = diffusion.denoiser(net, schedule, config["prediction"], cond, data.null_like(cond, null), config["cfg"],
+                                 config["clip"])
+    x = diffusion.sample(denoise, noise, schedule, config["sampler"], config["sample_steps"])
+    return data.to_uint8(x).cpu().numpy()
 
 
 def newest_run():
@@ -353,7 +372,8 @@ class AttentionMaps:
         q, k = (part.float().unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in (q, k))
         scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
         side = int(scores.shape[2] ** 0.5)                              # of the grid; IU-ViT's time stands before it
-        read = (scores.softmax(-1) * self.marked[:, None, None].to(scores)).sum(-1).mean(1)[:, -side * side:]
+        marked = self.marked[:, None, None, :mask.shape[1]].to(scores)
+        read = (scores.softmax(-1) * marked).sum(-1).mean(1)[:, -side * side:]          # (B, side^2)
         read = read.view(B, 1, side, side).cpu()
         self.maps += F.interpolate(read, (self.size, self.size), mode="bilinear")[:, 0]
 
@@ -414,7 +434,7 @@ def what_decides(path, args, prompts):
     return json.loads(json.dumps(asked))
 
 
-def begun(out):
+def record_in(out):
     """The record of what_decides in a folder, or None."""
     try:
         return json.loads((out / ".asked.json").read_bytes())
@@ -444,7 +464,8 @@ def main():
     except ValueError as e:
         fail(e)
     if world > 1:
-        dist.init_process_group("gloo")                                 # only finished pictures travel
+        # only finished pictures travel, for which rank 0 may have to wait as long as another one draws
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     path = args.ckpt or newest_run()
     net, config = load(path, args.weights, device)
     if args.score and not (config["data"] in SCORED and config["cond"] != "none"):
@@ -454,10 +475,7 @@ def main():
         fail("--cfg needs a model trained with and without its condition; this one was not"
              + ("; `python train.py --init-from` trains it so" if config["cond"] != "none" else ""))
     args.cfg = args.cfg or [config["cfg"]]
-    for name, key in dict(sampler="sampler", steps="sample_steps").items():
-        if getattr(args, name) is None:
-            setattr(args, name, config[key])
-
+    args.sampler, args.steps = args.sampler or config["sampler"], args.steps or config["sample_steps"]
     if args.compile and args.attend:
         fail("--attend watches the network from inside, which a compiled one does not allow: leave out --compile")
     model = torch.compile(net) if args.compile else net
@@ -468,7 +486,8 @@ def main():
         args.n = 8 if len(args.cfg) > 1 else 64
         if args.prompt:
             args.n = max(1, args.n // max(8, len(prompts))) * len(prompts)
-    y, schedule = classes_of(args, config), diffusion.SCHEDULES[config["schedule"]]
+    y = classes_of(args, config)
+    wanted = [] if y is None else y
     if prompts:
         if args.score and not args.prompt:
             prompts, kinds = data.asked_scenes(args.n)                  # whose pictures no training has seen
@@ -476,7 +495,7 @@ def main():
         rows = features_of(prompts, config["text"], encoder)
         marked = mark(args.attend, prompts, encoder()) if args.attend else None
         which = [i % len(prompts) for i in range(args.n)]
-        prompts, rows = [prompts[i] for i in which], [rows[i] for i in which]
+        prompts, wanted = [prompts[i] for i in which], [rows[i] for i in which]
         if args.score:
             data.score_captions([], prompts)                            # can they be scored?
     out = Path(args.out)
@@ -488,7 +507,7 @@ def main():
         if args.npz and Path(args.npz).absolute() == out.absolute():
             fail("--npz would overwrite --out: choose another name for one of them")
         asked = what_decides(path, args, prompts)
-        if out.suffix != ".png" and any(out.iterdir()) and begun(out) != asked:
+        if out.suffix != ".png" and any(out.iterdir()) and record_in(out) != asked:
             fail(f"the folder {out} is not empty, and not of this very command: choose another --out, so that nothing "
                  "is overwritten")
     except OSError as e:
@@ -506,20 +525,13 @@ def main():
             ids = range(first, min(first + args.batch, args.n))
             if out.suffix != ".png" and all(file_of(out, i).exists() for i in ids):
                 continue                                                # drawn before the command was stopped
-            cond, null = () if y is None else (y[first:ids.stop].to(device),), len(config["info"]["classes"])
-            if prompts:
-                features, mask = data.pad(rows[first:ids.stop])
-                cond, null = (features.to(device).float(), mask.to(device)), config["text"]["null"]
-            noise = diffusion.ImageNoise(data.image_seeds(args.seed, ids), (3, size, size), device)
             clip = args.clip or ("dynamic" if prompts and scale > 2 and config["clip"] == "static" else config["clip"])
-            null = data.null_like(cond, null)
-            denoise = diffusion.denoiser(model, schedule, config["prediction"], cond, null, scale, clip)
+            how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale, clip=clip)
             look = contextlib.nullcontext()
             if args.attend:
-                look = AttentionMaps(net, marked[which[first:ids.stop], :cond[1].shape[1]].to(device), size)
+                look = AttentionMaps(net, marked[which[first:ids.stop]].to(device), size)
             with look:
-                x = diffusion.sample(denoise, noise, schedule, args.sampler, args.steps)
-            drawn[scale, first] = data.to_uint8(x).cpu().numpy()
+                drawn[scale, first] = draw(model, how, wanted[first:ids.stop], ids, device)
             if args.attend:                                             # beside each picture where it was looked
                 shown = highlight(drawn[scale, first], look.maps)
                 drawn[scale, first] = np.concatenate([drawn[scale, first], shown], axis=3)

@@ -11,7 +11,6 @@ The same command again resumes from the run's checkpoint: on a CPU, with as many
 """
 import argparse
 import copy
-import csv
 import ctypes
 import dataclasses
 import datetime
@@ -27,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
@@ -98,10 +98,7 @@ class Config:
         return dict(dataclasses.asdict(self), info=info)
 
 
-CHOICES = dict(model=list(MODELS), cond=["none", "class", "text"], schedule=list(diffusion.SCHEDULES),
-               clock=list(diffusion.CLOCKS), prediction=["eps", "v"], sampler=list(diffusion.SAMPLERS),
-               clip=["none", "static", "dynamic"],
-               device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
+CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
 # fields in which a resumed run may differ; all else is refused, by open_run
@@ -111,47 +108,41 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
 # Minutes on a laptop. v prediction and the cosine schedule, because eps on the linear one hardly learns outlines in
 # this time; times gathered around t = 0.6, because there outlines are decided. Batch 16: every picture teaches about
 # 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls to zero over the last
-# 40%, in which the U-Net's loss falls from 0.024 to 0.014. What then still fails are a few oblong squares and crooked
-# crosses: large mistakes made early, which fresh noise mends and a deterministic path keeps, so Euler-Maruyama; and
-# guidance gains nothing.
+# 40%. What goes wrong in short runs are oblong squares and crooked crosses: large mistakes made early, which fresh noise
+# mends and a deterministic path keeps, so Euler-Maruyama; and guidance gains nothing.
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
-              steps=4500, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
-              sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
+              steps=7000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
+              sampler="em", sample_steps=200, cfg=1.0, sample_every=1750, save_every=500)
 
-# the set shapes-text, by words: one or two objects and where they are
-LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=8000, cfg=1.5, sample_every=2000)
+# The set shapes-text, by words: one or two objects and where they are. Shapes come late: in 12,000 steps, of which the
+# first 4,000 do hardly more than colours, sizes and places.
+LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=12_000, cfg=1.5, sample_every=3000)
 
 # Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
 SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, samples=32,
                sampler="dpm", sample_steps=20)
 
-# Narrow networks, because in minutes the number of steps counts for more than width: in about a quarter of an hour of
-# one core a U-Net of width 24 came to a loss of 0.0125 and one of 32 to 0.0147, an IU-ViT of 96 to 90% right by the
-# scorer and one of 192 to 4%. Most of the width is where pictures are small, since at full size a channel costs the
-# most time. Attention at 16 pixels gained nothing. U-ViT and IU-ViT see patches of 4, a fourth of the tokens.
+# Narrow networks, because in minutes the number of steps counts for more than width: the shape asked for is learnt all
+# of a sudden, by the U-Net in its steps 2,000 to 2,500. Width 16, because CPUs multiply 16 numbers at a time. Most of
+# the width is where pictures are small, since at full size a channel costs the most time; doubled at half size already,
+# the network learnt shapes later. U-ViT and IU-ViT see patches of 4.
+PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
+PYRAMID64 = dict(PYRAMID, dim=24, dim_mults=[1, 1, 2, 4, 4], attn_sizes=[16, 8], head_dim=24)
+VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
+VIT64 = dict(patch_size=4, dim=256, depth=9, heads=4)
 PRESETS = {
-    "unet-shapes":    dict(LAPTOP, model="unet", net=dict(
-        dim=24, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=24, resample="conv", dropout=0.0)),
-    "uvit-shapes":    dict(LAPTOP, model="uvit", steps=12_000, sample_every=3000, net=dict(
-        patch_size=4, dim=96, depth=7, heads=3)),
-    "iuvit-shapes":   dict(LAPTOP, model="iuvit", steps=9000, sample_every=2250, net=dict(
-        patch_size=4, dim=96, depth=7, heads=3)),
-    "ascend-shapes":  dict(LAPTOP, model="ascend", steps=3600, sample_every=900, net=dict(
-        dim=24, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=24, dropout=0.0)),
+    "unet-shapes":    dict(LAPTOP, model="unet", net=dict(PYRAMID, resample="conv")),
+    "uvit-shapes":    dict(LAPTOP, model="uvit", net=VIT, steps=12_000, sample_every=3000),
+    "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=VIT, steps=9000, sample_every=2250),
+    "ascend-shapes":  dict(LAPTOP, model="ascend", net=PYRAMID, steps=4500, sample_every=1125),
 
-    "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", net=dict(
-        dim=24, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=24, resample="conv", dropout=0.0,
-        text_dim=256)),
-    "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", net=dict(
-        patch_size=4, dim=96, depth=7, heads=3, text_dim=256)),
+    "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", net=dict(PYRAMID, resample="conv", text_dim=256)),
+    "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", net=dict(VIT, text_dim=256)),
 
-    "unet-emoji64":   dict(SMALL64, model="unet", net=dict(
-        dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, resample="conv",
-        dropout=0.0)),
-    "uvit-emoji64":   dict(SMALL64, model="uvit", net=dict(patch_size=4, dim=256, depth=9, heads=4)),
-    "iuvit-emoji64":  dict(SMALL64, model="iuvit", net=dict(patch_size=4, dim=256, depth=9, heads=4)),
-    "ascend-emoji64": dict(SMALL64, model="ascend", net=dict(
-        dim=24, dim_mults=[1, 1, 2, 4, 4], num_blocks=1, attn_sizes=[16, 8], head_dim=24, dropout=0.0)),
+    "unet-emoji64":   dict(SMALL64, model="unet", net=dict(PYRAMID64, resample="conv")),
+    "uvit-emoji64":   dict(SMALL64, model="uvit", net=VIT64),
+    "iuvit-emoji64":  dict(SMALL64, model="iuvit", net=VIT64),
+    "ascend-emoji64": dict(SMALL64, model="ascend", net=PYRAMID64),
 }
 
 # With --init-from and no --preset: network, schedule, prediction and clock are the file's, and these are assumed. A low
@@ -227,14 +218,11 @@ for name, steps, batch, lr, net, other in PAPER_RUNS:
 
 
 def json_object(text):
-    """The type of --net."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'takes a JSON object, like \'{{"dim": 64}}\', not {text!r}')
-    return value
+    """The type of --net; argparse makes a message of its errors."""
+    return dict(**json.loads(text))                     # a TypeError for anything but an object
+
+
+json_object.__name__ = """JSON object, like '{"dim": 64}':"""
 
 
 def parse(argv):
@@ -251,6 +239,8 @@ def parse(argv):
     parser.add_argument("--dry-run", action="store_true", default=False, help="print the resolved config and stop")
     asked = vars(parser.parse_args(argv))
     fresh, dry_run = asked.pop("fresh"), asked.pop("dry_run")
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        fresh = False                                   # torchrun replaces a rank that died, and the run is to go on
 
     # which row
     name = asked.get("preset") or ("" if asked.get("init_from") else nearest_preset(asked))
@@ -325,18 +315,14 @@ def stem(path):
     return Path(path).stem if Path(path).name != "ckpt.pt" else Path(path).absolute().parent.name
 
 
-def begun(out, fresh):
-    """Whether the folder holds a run to go on with."""
-    return Path(out, "ckpt.pt").exists() and not fresh
-
-
 def inherited(asked, fresh):
     """The fields of the config that the weights of --init-from decide: flags and a preset's model may not contradict
     them, its other fields give way.
 
     Once the run has a checkpoint of its own, which says the same, the file is not needed any more."""
     path, name = asked["init_from"], asked["data"]
-    own = data.read_checkpoint(Path(asked["out"], "ckpt.pt"))["config"] if begun(asked["out"], fresh) else {}
+    ckpt = Path(asked["out"], "ckpt.pt")
+    own = data.read_checkpoint(ckpt)["config"] if ckpt.exists() and not fresh else {}
     there = own if own.get("init_from") == path else sample.read(path)[0]
     fixed = {key: there[key] for key in ("model", "schedule", "prediction", "clock")}
     defaults = {key: p.default for key, p in inspect.signature(MODELS[there["model"]]).parameters.items()}
@@ -384,10 +370,7 @@ def start_from(net, config, info):
 def build(config, info):
     """The network of a config for a data set of the given size and classes, on the current default device."""
     classes = len(info["classes"]) if config.cond == "class" else 0
-    try:
-        return MODELS[config.model](img_size=info["size"], num_classes=classes, **config.net)
-    except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
-        fail(f"{config.model} on {config.data}, {info['size']} pixels: {e}")
+    return MODELS[config.model](img_size=info["size"], num_classes=classes, **config.net)
 
 
 def measure(config, info, tokens=data.MAX_TOKENS):
@@ -396,16 +379,15 @@ def measure(config, info, tokens=data.MAX_TOKENS):
 
     The forward has shapes but no numbers, so it finds what does not fit before a run has a folder."""
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"):
-        net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
-        text = torch.zeros(1, tokens, config.net.get("text_dim", 1)), torch.ones(1, tokens, dtype=torch.bool)
-        cond = {"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}[config.cond]
-        try:
+    try:
+        with torch.device("meta"), torch.no_grad():
+            net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
             assert all(p.numel() for p in net.parameters()), "it has a layer of no width"
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                net(x, t, *cond)
-        except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
-            fail(f"{config.model} with --net {json.dumps(config.net)} cannot run: {e!r}")
+            text = torch.zeros(1, tokens, config.net.get("text_dim", 1)), torch.ones(1, tokens, dtype=torch.bool)
+            with FlopCounterMode(display=False) as counter:
+                net(x, t, *{"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}[config.cond])
+    except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
+        fail(f"{config.model} with --net {json.dumps(config.net)} on {config.data}, {info['size']} pixels: {e}")
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
@@ -456,23 +438,25 @@ def claim(out):
     return f
 
 
-def open_run(config, info, fresh, main_rank):
-    """Make or find the run's folder; returns its checkpoint, or None for a new run.
-
-    A folder that holds another run is refused with the difference shown. fresh moves the old run aside."""
-    out = Path(config.out)
-    asked = flat(config.record(info))
-    if main_rank and fresh and out.is_dir():
-        claim(out).close()                                                  # or it would move a running one
-    if main_rank and fresh and out.exists():
+def move_aside(out):
+    """--fresh: what is in the run's place keeps its files under another name, unless it is running."""
+    if out.is_dir():
+        claim(out).close()
+    if out.exists():
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
         out.rename(aside)
         print(f"the old run is now {aside}")
+
+
+def open_run(config, info):
+    """The checkpoint in the run's folder, or None for a new run. A folder that holds another run is refused with the
+    difference shown."""
+    out, asked = Path(config.out), flat(config.record(info))
     ckpt, old = None, None
-    if (out / "ckpt.pt").exists() and not (fresh and not main_rank):
+    if (out / "ckpt.pt").exists():
         ckpt = data.read_checkpoint(out / "ckpt.pt")
         old = ckpt["config"]
-    elif (out / "config.json").exists() and not fresh:                      # stopped before it saved, or no run at all
+    elif (out / "config.json").exists():                                    # stopped before it saved, or no run at all
         try:
             old = json.loads((out / "config.json").read_bytes())
         except ValueError:
@@ -486,14 +470,18 @@ def open_run(config, info, fresh, main_rank):
                    if k not in FREE and old.get(k) != v]
         if changed:
             fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
-    if main_rank:
-        if out.exists() and not out.is_dir():
-            fail(f"--out {out} is a file, not a folder")
-        try:
-            (out / "samples").mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            fail(f"cannot make --out {out}: {e}")
     return ckpt
+
+
+def make_folder(out):
+    """Make the run's folder if it is not there, and claim it."""
+    if out.exists() and not out.is_dir():
+        fail(f"--out {out} is a file, not a folder")
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"cannot make --out {out}: {e}")
+    return claim(out)
 
 
 def keep_log(path, step):
@@ -514,22 +502,20 @@ def grid_text(pictures, features, n):
 
 
 @torch.no_grad()
-def draw_samples(net, config, info, text, device, precision):
-    """Pictures from the same noise and the same classes or captions every time, uint8 (config.samples, 3, S, S)."""
-    n, classes = config.samples, len(info["classes"])
-    cond, null = (), classes
-    if config.cond == "class":
-        cond = (torch.arange(n, device=device) % classes,)
-    elif config.cond == "text":
-        features, mask = data.pad(text["rows"])
-        cond, null = (features.to(device).float(), mask.to(device)), text["null"]
-    null = data.null_like(cond, null)
-    noise = diffusion.ImageNoise(data.image_seeds(config.seed, range(n)), (3, info["size"], info["size"]), device)
-    schedule = diffusion.SCHEDULES[config.schedule]
-    denoise = diffusion.denoiser(net, schedule, config.prediction, cond, null, config.cfg, config.clip)
-    with precision:
-        x = diffusion.sample(denoise, noise, schedule, config.sampler, config.sample_steps)
-    return data.to_uint8(x).cpu().numpy()
+def draw_samples(net, config, info, text, device, rank, world, block):
+    """Pictures from the same noise and the same classes or captions every time, uint8 (config.samples, 3, S, S). Each
+    process draws its share, `block` at a time, which fits wherever a training step does."""
+    record, drawn = dict(config.record(info), text=text), {}
+    mine = range(rank, config.samples, world)
+    for ids in (mine[first:first + block] for first in range(0, len(mine), block)):
+        asked = [text["rows"][i] for i in ids] if text else torch.tensor(ids) % max(1, len(info["classes"]))
+        drawn.update(zip(ids, sample.draw(net, record, asked, ids, device)))
+    parts = [drawn]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, drawn)
+    drawn = {i: picture for part in parts for i, picture in part.items()}
+    return np.stack([drawn[i] for i in range(config.samples)])
 
 
 def draw_progress(folder, size, rows=12):
@@ -551,6 +537,25 @@ def draw_progress(folder, size, rows=12):
 
 # ---- the run -----------------------------------------------------------------------------------------
 
+def join(config, device):
+    """Meet the other processes that torchrun has started -> the store that they share."""
+    # torchrun keeps one store for all its restarts, in which a new group would find the addresses of the dead one: on
+    # one node each restart has keys of its own (nodes count their restarts each for itself: see the README)
+    timeout = datetime.timedelta(seconds=config.timeout)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world, timeout=timeout)
+    return store
+
+
+def deaf_once(_):
+    """A process that reads ahead outlives the first SIGTERM, which torchrun sends to all: the training that asks it for
+    batches is yet to save, and would not if it were gone."""
+    signal.signal(signal.SIGTERM, lambda sig, _: signal.signal(sig, signal.SIG_DFL))
+
+
 def main():
     config, fresh, dry_run = parse(sys.argv[1:])
     source = data.captioned_name(config.data) if config.cond == "text" else config.data
@@ -562,9 +567,9 @@ def main():
             fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
                  "wide: leave it out")
         config.net["text_dim"] = width
-    params, flops = measure(config, info)
+    n_params, flops = measure(config, info)
     if dry_run:
-        print(json.dumps(dict(dataclasses.asdict(config), params=params, gflops=round(flops / 1e9, 3))))
+        print(json.dumps(dict(dataclasses.asdict(config), params=n_params, gflops=round(flops / 1e9, 3))))
         return
 
     # processes: one by default, or as many as torchrun started
@@ -578,29 +583,26 @@ def main():
         device = diffusion.pick_device(config.device)
     except ValueError as e:
         fail(e)
-    if world > 1:
-        # torchrun keeps one store for all its restarts, in which a new group would find the addresses of the dead one:
-        # on one node each restart has keys of its own (nodes count their restarts each for itself: see the README)
-        timeout = datetime.timedelta(seconds=config.timeout)
-        store, rank, world = next(rendezvous("env://", timeout=timeout))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        # collectives give up after --timeout; but rank 0 may be downloading, for which the others are patient
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timeout)
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    store = join(config, device) if world > 1 else None
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
+    torch.backends.cudnn.benchmark = True                           # shapes never change
     precision = diffusion.autocast(device, config.dtype)
 
-    # data: rank 0 prepares a built-in set on first use, the others wait
-    if main_rank and source in data.BUILT_IN:
-        data.prepare(source, config.data_dir)
-    words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
-    if main_rank and config.encoder == "words" and not words.exists():     # find_encoder refuses others that are absent
-        data.encode_set(data.open_set(source, config.data_dir), data.Words())
-    if world > 1:
-        dist.barrier(patient)
+    # data: rank 0 prepares a built-in set on first use, which may be a long download, and the others wait
+    out = Path(config.out)
+    if main_rank:
+        if source in data.BUILT_IN:
+            data.prepare(source, config.data_dir)
+        words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
+        if config.encoder == "words" and not words.exists():        # find_encoder refuses others that are absent
+            data.encode_set(data.open_set(source, config.data_dir), data.Words())
+        if fresh:
+            move_aside(out)
+        if store:
+            store.set("ready", "yes")
+    else:
+        store.wait(["ready"], datetime.timedelta(hours=12))
     pictures, features, text = data.open_set(source, config.data_dir), None, None
     info["fingerprint"] = pictures.fingerprint                      # a set made anew is not the one a run began with
     if config.cond == "text":
@@ -608,40 +610,43 @@ def main():
         text = grid_text(pictures, features, config.samples)
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
+    ckpt = open_run(config, info)
     torch.manual_seed(config.seed)
     net = diffusion.on_clock(build(config, info), config.clock)
-    origin = start_from(net, config, info) if config.init_from and not begun(config.out, fresh) else None
+    origin = start_from(net, config, info) if config.init_from and not ckpt else None
     net = net.to(device, memory_format=torch.channels_last)                         # fastest for convolutions
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    opt = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
+    params, averaged = list(net.parameters()), list(ema.parameters())
+    opt = torch.optim.AdamW(params, lr=config.lr, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay, fused=True)
     schedule = diffusion.SCHEDULES[config.schedule]
     null = text["null"].to(device) if text else len(info["classes"])
 
     # resume
-    ckpt = open_run(config, info, fresh, main_rank)
-    lock = claim(config.out) if main_rank else None                 # held to the end of this function
-    if world > 1:
-        dist.barrier()
-    start, seconds = 0, 0.0
-    out = Path(config.out)
+    start, seconds, skipped = 0, 0.0, 0                             # skipped: steps whose gradient was not finite
     if ckpt:
         try:
             net.load_state_dict(ckpt["model"])
             ema.load_state_dict(ckpt["ema"])
             opt.load_state_dict(ckpt["opt"])
-            start, seconds = int(ckpt["step"]), float(ckpt["seconds"])
+            start, seconds, skipped = int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
                  "choose another --out, or --fresh to start over")
         del ckpt
+    if world > 1:
+        starts = [None] * world
+        dist.all_gather_object(starts, start)
+        if len(set(starts)) > 1:
+            fail(f"processes find {out} at different steps {starts}: all nodes must see the same --out")
     if start >= config.steps:
         if main_rank:
             print(f"{out} is finished at step {start}: look at {out / 'samples'}, draw more with "
                   f"`python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps")
         return dist.destroy_process_group() if world > 1 else None
     if main_rank:
-        print(f"training {config.model} ({params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
+        lock = make_folder(out)                                     # held to the end of this function
+        print(f"training {config.model} ({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
               f"{len(pictures):,} pictures of {config.data}, {info['size']}x{info['size']}; "
               "the paper's CIFAR-10 run of this model: "
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
@@ -657,7 +662,7 @@ def main():
     if config.compile or (config.compile is None and device.type == "cuda"):
         model = torch.compile(model)
     if world > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
     stop = torch.zeros(1)
@@ -675,13 +680,46 @@ def main():
     # to leave the global one alone
     batches = iter(torch.utils.data.DataLoader(
         data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features),
-        sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
+        sampler=range(start, config.steps), batch_size=None, num_workers=config.workers, worker_init_fn=deaf_once,
         pin_memory=device.type == "cuda", generator=torch.Generator()))
+
+    sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
+    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: without a good one
+    logged = saved = start                                          # steps
+    began, since = time.time() - seconds, time.time()               # since: last logged, later by what was no training
+    bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
 
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
-            model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-            seconds=seconds + time.time() - since, config=config.record(info), **(dict(text=text) if text else {})), f))
+            model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, skipped=int(skipped),
+            seconds=time.time() - began, config=config.record(info), **(dict(text=text) if text else {})), f))
+
+    def log(step):
+        """A row of log.csv about the steps since the last one."""
+        if world > 1:
+            dist.all_reduce(sums)
+        total, count = sums.tolist()
+        sums.zero_()
+        row = dict(step=step, loss=sum(total) / max(1, sum(count)),
+                   **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
+                   grad_norm=float(norm), lr=opt.param_groups[0]["lr"],
+                   images_per_s=(step - logged) * config.batch / (time.time() - since), seconds=time.time() - began,
+                   skipped=int(skipped))
+        if main_rank:
+            with open(out / "log.csv", "a", newline="") as f:
+                if not f.tell():
+                    print(*row, sep=",", file=f)
+                print(*(v if isinstance(v, int) else f"{v:.6g}" for v in row.values()), sep=",", file=f)
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
+
+    def draw(step):
+        """A grid of samples, and progress.png of all grids so far."""
+        with precision:
+            pictures = draw_samples(ema, config, info, text, device, rank, world, micro)
+        if main_rank:
+            sheet = data.grid(pictures, columns=8)
+            data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
+            draw_progress(out / "samples", info["size"])
 
     def explain(kind, e, trace):                                    # of an unexpected error the last line says where
         if issubclass(kind, torch.OutOfMemoryError):
@@ -692,49 +730,26 @@ def main():
         print(f"rank {rank} failed at step {step}; the same command goes on from step {saved}", file=sys.stderr)
 
     sys.excepthook = explain
-    skipped, in_row = torch.zeros(2, device=device)                 # steps whose gradient was not finite
-    sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    step, logged, saved = start, start, start
-    since, paused = time.time(), 0.0                                # paused: seconds not spent on training steps
-    bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
-    for step in range(start, config.steps + 1):
-        # log, save and sample first, so that the last step needs no copy of this below the loop
+    for step in range(start, config.steps + 1):                     # so many are done; the last one is only logged
         leaving = stop.clone()                                      # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
-        leaving = bool(leaving) or step == config.steps
-        if step > start and (step % config.log_every == 0 or leaving):
-            if world > 1:
-                dist.all_reduce(sums)
-            total, count = sums.tolist()
-            speed = (step - logged) * config.batch / (time.time() - since - paused)
-            seconds, since, paused, logged = seconds + time.time() - since, time.time(), 0.0, step
-            row = dict(step=step, loss=sum(total) / max(1, sum(count)),
-                       **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
-                       grad_norm=float(norm), lr=opt.param_groups[0]["lr"], images_per_s=speed, seconds=seconds,
-                       skipped=int(skipped))
-            if main_rank:
-                new = not (out / "log.csv").exists()
-                with open(out / "log.csv", "a", newline="") as f:
-                    writer = csv.DictWriter(f, row, lineterminator="\n")
-                    if new:
-                        writer.writeheader()
-                    writer.writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
-            sums.zero_()
+        last = step == config.steps
+        if step > start and (step % config.log_every == 0 or leaving or last):
+            log(step)
+            since, logged = time.time(), step
             if in_row >= BAD_STEPS:
                 fail(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
                      f"{out / 'ckpt.pt'} is of step {saved}. Try a smaller --lr, or --dtype float32")
         pause = time.time()
-        if main_rank and step > saved and (step % config.save_every == 0 or leaving):
-            save(step)
+        if step > saved and (step % config.save_every == 0 or leaving or last):
+            if main_rank:
+                save(step)
             saved = step
-        if main_rank and step > start and (step % config.sample_every == 0 or step == config.steps):
-            sheet = data.grid(draw_samples(ema, config, info, text, device, precision), columns=8)
-            data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
-            draw_progress(out / "samples", info["size"])
-        paused += time.time() - pause
-        if leaving:
+        if step > start and (step % config.sample_every == 0 or last):
+            draw(step)
+        since += time.time() - pause
+        if leaving or last:
             break
 
         # all randomness follows from (seed, step), so a resumed run sees the same
@@ -748,8 +763,7 @@ def main():
             cond = []
         elif config.cond == "text":
             cond[0] = cond[0].float()                                                   # (b, L, d); cond[1] is the mask
-        cond = [torch.where(dropped.view(-1, *[1] * (c.dim() - 1)), empty, c)           # for guidance, some learn the
-                for c, empty in zip(cond, data.null_like(cond, null))]                  # null condition
+        cond = data.drop(cond, null, dropped)                                        # for guidance
 
         for group in opt.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -765,21 +779,20 @@ def main():
             bins = (t[part] * 4).long().clamp(max=3)
             sums[0].index_add_(0, bins, losses.detach())
             sums[1].index_add_(0, bins, torch.ones_like(losses))
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
         bad = (~norm.isfinite()).float()
         opt.grad_scale, opt.found_inf = None, bad       # GradScaler's way to have fused AdamW skip a step where it is 1
         opt.step()
-        skipped, in_row = skipped + bad, (in_row + bad) * bad                           # a good step ends the row
+        skipped, in_row = skipped + bad, torch.where(bad > 0, in_row + 1, 0)
         opt.zero_grad(set_to_none=True)
         decay = min(config.ema, (1 + step) / (10 + step))                               # a shorter memory early on
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        torch._foreach_lerp_(averaged, params, 1 - decay)
         bar.update()
 
     bar.close()
     if main_rank:
         end, hint = ("finished", "") if step == config.steps else ("stopped", "; the same command resumes")
-        print(f"{end} at step {step}, {(seconds + time.time() - since) / 60:.1f} minutes in all: "
-              f"look at {out / 'samples'}{hint}")
+        print(f"{end} at step {step}, {(time.time() - began) / 60:.1f} minutes in all: look at {out / 'samples'}{hint}")
     if world > 1:
         del model                                                   # before the group that it holds: freed by DDP, with
         dist.destroy_process_group()                                # Python's lock held, it may wait for gloo's thread

@@ -732,9 +732,12 @@ def test_a_mistake_in_a_real_terminal_shows_no_traceback(tmp_path):
     assert complaint == f"error: --src {tmp_path}/no where is not a folder, nor a zip\n", "not one line"
 
 
-def test_of_several_processes_the_first_one_complains(terminal, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+def test_of_the_processes_of_a_node_the_first_one_complains(terminal, monkeypatch):
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert terminal("show", "cats") == (2, "", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "no data set 'cats'" in terminal("show", "cats")[2]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are valid text")

@@ -114,8 +114,8 @@ def test_importing_a_script_runs_nothing(name, tmp_path):
 # ---- presets -----------------------------------------------------------------------------------------
 
 PARAMETERS = {
-    "unet-shapes": 1_708_707, "uvit-shapes": 854_820, "iuvit-shapes": 906_501, "ascend-shapes": 1_954_499,
-    "unet-shapes-text": 1_930_899, "iuvit-shapes-text": 1_198_149,
+    "unet-shapes": 762_691, "uvit-shapes": 854_820, "iuvit-shapes": 906_501, "ascend-shapes": 874_291,
+    "unet-shapes-text": 866_787, "iuvit-shapes-text": 1_198_149,
     "unet-emoji64": 2_630_979, "uvit-emoji64": 7_717_508, "iuvit-emoji64": 7_966_131, "ascend-emoji64": 2_991_659,
     "unet-cifar10": 42_855_427, "unet-celeba64": 82_837_635,
     "unet-church256": 118_795_011, "unet-bedroom256": 118_795_011,

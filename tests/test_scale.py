@@ -39,23 +39,33 @@ def test_torchrun_replaces_a_process_that_dies_and_the_run_goes_on_by_itself(dat
     driver = tmp_path / "driver.py"
     driver.write_text(DIES_ONCE_AT_STEP_3)
     argv = [*flags_of("uvit", datasets, "run"), "--steps", 6, "--save-every", 1, "--timeout", 20]
-    run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", "--", driver, *argv, cwd=tmp_path)
+    run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", "--", driver, *argv, "--fresh", cwd=tmp_path)
     printed = run.communicate(timeout=240)[0]
     assert run.returncode == 0 and (tmp_path / "died").exists(), printed
+    assert not (tmp_path / "run-old1").exists(), "it started over, since --fresh was still among the flags"
     command("train.py", *argv, "--out", "whole", cwd=tmp_path, processes=2)
     ends = [data.read_checkpoint(tmp_path / out / "ckpt.pt") for out in ("run", "whole")]
     assert differences(*map(state, ends)) == {}
     assert column("step", tmp_path / "run") == [1, 2, 3, 4, 5, 6]
 
 
-def test_two_nodes_have_the_loss_curve_of_two_processes(datasets, tmp_path):
+def test_two_nodes_have_the_loss_curve_of_two_processes_and_must_see_one_folder(datasets, tmp_path):
     argv = [*flags_of("ascend", datasets, "nodes"), "--steps", 3]
-    nodes = [torchrun("--nnodes=2", "--nproc_per_node=1", f"--node_rank={i}", "--master_addr=127.0.0.1",
-                      f"--master_port={29500 + os.getpid() % 1000}", ROOT / "train.py", *argv, cwd=tmp_path) for i in (0, 1)]
-    printed = [node.communicate(timeout=240)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)
+
+    def nodes(*more):                                   # flags of each
+        port = f"--master_port={29500 + os.getpid() % 1000}"
+        runs = [torchrun("--nnodes=2", "--nproc_per_node=1", f"--node_rank={i}", "--master_addr=127.0.0.1", port,
+                         ROOT / "train.py", *argv, *flags, cwd=tmp_path) for i, flags in enumerate(more)]
+        return [run.communicate(timeout=240)[0] for run in runs], [run.returncode for run in runs]
+
+    printed, codes = nodes([], [])
+    assert codes == [0, 0], "\n".join(printed)
     command("train.py", *argv, "--out", "one", cwd=tmp_path)
     assert column("loss", tmp_path / "nodes") == pytest.approx(column("loss", tmp_path / "one"), rel=1e-4)
+    printed, codes = nodes(["--steps", 4], ["--steps", 4, "--out", "elsewhere"])
+    assert 0 not in codes
+    for text in printed:
+        assert "at different steps [3, 0]: all nodes must see the same --out" in text, text
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(datasets, tmp_path):

@@ -12,6 +12,7 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import data
 import train
@@ -84,13 +86,13 @@ def celebahq(folder):
     return folder
 
 
-def lsun(folder, spoil=()):
+def lsun(folder, spoil=(), key=lambda i: hashlib.sha1(bytes([i])).hexdigest().encode()):
     need_lmdb()
     import lmdb
     with lmdb.open(str(folder), map_size=2**24) as env, env.begin(write=True) as view:
-        for i, key in enumerate(sorted(hashlib.sha1(bytes([i])).hexdigest() for i in range(6))):
+        for i, k in enumerate(sorted(map(key, range(6)))):
             blob = encoded(target((341, 256), (42, 0, 298, 256)), "webp" if i % 2 else "jpeg")
-            view.put(key.encode(), b"not a picture" if i in spoil else blob)
+            view.put(k, b"not a picture" if i in spoil else blob)
     return folder
 
 
@@ -421,6 +423,14 @@ def test_captions_come_from_the_text_beside_a_picture(published, tmp_path):
     assert list(pictures.captions) == [["the first", "also the first"], ["the third"], ["the second"]]
 
 
+def test_of_your_own_pictures_only_those_without_captions_are_mirrored(published, tmp_path):
+    src = published(captioned_folder)
+    assert not opened("mine", src, tmp_path).flip, "a caption may tell left from right"
+    for file in src.rglob("*.txt"):
+        file.unlink()
+    assert opened("bare", src, tmp_path).flip
+
+
 def test_a_metadata_table_goes_before_the_text_beside(published, tmp_path, capsys):
     src = published(captioned_folder)
     with open(src / "metadata.csv", "w", newline="") as f:
@@ -466,6 +476,19 @@ def test_shards_are_indexed_and_their_captions_read_in_place(published, tmp_path
     assert meta["shards"] == ["00000.tar", "00001.tar"] and meta["n"] == 5 and meta["crop"] == "square"
 
 
+def test_a_tar_of_all_pictures_and_then_all_texts_has_its_captions(published, tmp_path):
+    src = published(captioned_folder)
+    with tarfile.open(src / "0.tar", "w") as tar:
+        for kind in ("png", "txt"):
+            for name in ("a", "c"):
+                tar.add(src / f"{name}.{kind}", f"{name}.{kind}")
+    assert list(opened("beside", src, tmp_path).captions)[1:] == [["the third"], ["the second"]], "of the pictures there"
+    only = tmp_path / "only"
+    only.mkdir()
+    (src / "0.tar").rename(only / "0.tar")
+    assert [lines[0].split("\n")[0] for lines in opened("shards", only, tmp_path).captions] == ["the first", "the third"]
+
+
 def test_the_next_picture_stands_in_for_a_broken_one_with_its_caption_and_is_listed_once(published, tmp_path):
     pictures = opened("cc12m64", published(shards), tmp_path)
     for _ in range(2):
@@ -508,6 +531,11 @@ def test_shards_without_a_picture_are_refused(tmp_path):
 def test_an_lmdb_stays_in_place_without_its_broken_pictures(published, tmp_path):
     pictures = opened("bedroom256", published(lsun, spoil=[5]), tmp_path)
     assert pictures.take(np.array([5, 4]))[1].tolist() == [0, 4], "the first stands in for the last"
+
+
+def test_keys_of_an_lmdb_may_be_binary_numbers(published, tmp_path):
+    src = published(lsun, key=lambda i: (i << 24).to_bytes(4, "little"))
+    assert len(opened("mine", src, tmp_path)) == len(opened("bedroom256", src, tmp_path).take(np.arange(6))[0]) == 6
 
 
 def test_without_lmdb_one_line_says_how_to_get_it(tmp_path, monkeypatch):
@@ -688,6 +716,12 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def prepare_alone(*args):
+    """In a process that is killed: it must not die with the lock of bars that it shares with those it came from."""
+    tqdm.set_lock(threading.RLock())
+    data.prepare(*args)
+
+
 def test_a_prepare_killed_at_ten_moments_leaves_no_set_and_repeats_to_the_byte(tmp_path):
     src = tmp_path / "src"
     for i in range(600):
@@ -700,7 +734,7 @@ def test_a_prepare_killed_at_ten_moments_leaves_no_set_and_repeats_to_the_byte(t
     whole = contents(tmp_path / "whole")
     killed = 0
     for moment in np.linspace(0.02, 1.1, 10) * took:
-        child = multiprocessing.get_context("fork").Process(target=data.prepare, args=("set", tmp_path, str(src)))
+        child = multiprocessing.get_context("fork").Process(target=prepare_alone, args=("set", tmp_path, str(src)))
         child.start()
         child.join(moment)
         child.kill()
