@@ -111,8 +111,8 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
 # 40%. What goes wrong in short runs are oblong squares and crooked crosses: large mistakes made early, which fresh noise
 # mends and a deterministic path keeps, so Euler-Maruyama; and guidance gains nothing.
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
-              steps=7000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
-              sampler="em", sample_steps=200, cfg=1.0, sample_every=1750, save_every=500)
+              steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
+              sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
 # The set shapes-text, by words: one or two objects and where they are. Shapes come late: in 12,000 steps, of which the
 # first 4,000 do hardly more than colours, sizes and places.
