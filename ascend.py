@@ -66,6 +66,19 @@ def shift_mask(size, w, shift):
     return torch.zeros(same.shape).masked_fill(~same, -math.inf)
 
 
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts to
+    (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
+
+    PyTorch's fused kernels, but for training on CPUs: there they know no bias that learns, and in bfloat16 their
+    gradient takes two to four times as long as that of the formula."""
+    slow = q.dtype == torch.bfloat16 if mask is None else mask.requires_grad
+    if not (slow and q.is_cpu and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)                # (B, heads, N, M)
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
+
+
 class WindowAttention(nn.Module):
     """Self-attention within windows of w x w positions, with a learned bias for each relative position.
 
@@ -90,7 +103,7 @@ class WindowAttention(nn.Module):
                             K=3, w=self.w, v=self.w, heads=self.heads)
         bias = self.bias[self.index].permute(2, 0, 1)[None]             # (1, heads, w*w, w*w)
         bias = bias.expand(self.side**2, -1, -1, -1) if self.mask is None else bias + self.mask[:, None]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1).to(q.dtype))
+        x = attend(q, k, v, bias.flatten(0, 1).to(q.dtype))
         x = rearrange(x, "B (a b heads) (w v) d -> B (a w) (b v) (heads d)",
                       a=self.side, b=self.side, w=self.w, heads=self.heads)
         x = self.proj(x)
@@ -196,7 +209,7 @@ class SpatialAttention(nn.Module):
         H = x.shape[2]
         qkv = self.qkv(self.norm(x))
         q, k, v = rearrange(qkv, "B (K heads d) H W -> K B heads (H W) d", K=3, d=self.head_dim)
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = attend(q, k, v)
         return x + self.proj(rearrange(h, "B heads (H W) d -> B (heads d) H W", H=H))
 
 
@@ -213,7 +226,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
         q = rearrange(self.q(x), "B N (heads d) -> B heads N d", heads=self.heads)
         k, v = rearrange(self.kv(text), "B L (K heads d) -> K B heads L d", K=2, heads=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        x = attend(q, k, v, mask[:, None, None])
         return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
 
 

@@ -41,8 +41,6 @@ def net(**changes):
     return ["--net", json.dumps(changes)]
 
 
-WIDER = dict(dim=32, head_dim=32)       # than U-Net and ASCEND are in their presets, which were so wide at first
-
 # name of a run -> flags of train.py. Several experiments may show the same run
 RUNS = {
     "unet":             ["--preset", "unet-shapes"],
@@ -57,16 +55,14 @@ RUNS = {
     "text-separate":    ["--preset", "iuvit-shapes-text"],
     "text-concat":      ["--preset", "iuvit-shapes-text", *net(text_attn="concat")],
 
-    "unet-32":          ["--preset", "unet-shapes", *net(**WIDER)],
-    "ascend-32":        ["--preset", "ascend-shapes", *net(**WIDER)],
-    "ascend-swin-swin": ["--preset", "ascend-shapes", *net(**WIDER, decoder="swin")],
-    "ascend-conv-swin": ["--preset", "ascend-shapes", *net(**WIDER, encoder="conv", decoder="swin")],
-    "ascend-no-skips":  ["--preset", "ascend-shapes", *net(**WIDER, skips=False)],
-    "ascend-merge":     ["--preset", "ascend-shapes", *net(**WIDER, resample="merge")],
+    "ascend-swin-swin": ["--preset", "ascend-shapes", *net(decoder="swin")],
+    "ascend-conv-swin": ["--preset", "ascend-shapes", *net(encoder="conv", decoder="swin")],
+    "ascend-no-skips":  ["--preset", "ascend-shapes", *net(skips=False)],
+    "ascend-merge":     ["--preset", "ascend-shapes", *net(resample="merge")],
 
-    "unet-eps":         ["--preset", "unet-shapes", *net(**WIDER), "--prediction", "eps"],
-    "unet-linear":      ["--preset", "unet-shapes", *net(**WIDER), "--schedule", "linear"],
-    "unet-eps-linear":  ["--preset", "unet-shapes", *net(**WIDER), "--prediction", "eps", "--schedule", "linear"],
+    "unet-eps":         ["--preset", "unet-shapes", "--prediction", "eps"],
+    "unet-linear":      ["--preset", "unet-shapes", "--schedule", "linear"],
+    "unet-eps-linear":  ["--preset", "unet-shapes", "--prediction", "eps", "--schedule", "linear"],
 
     "iuvit-wide":       ["--preset", "iuvit-shapes", *net(dim=192)],
     "iuvit-p8":         ["--preset", "iuvit-shapes", *net(patch_size=8, dim=192)],
@@ -79,11 +75,11 @@ EXPERIMENTS = {
                      "rearrange first, plain MLP": "iuvit-mlp", "linear first, plain MLP": "iuvit-linear-mlp"}),
     "backbones": (3, {"U-Net": "unet", "U-ViT": "uvit", "IU-ViT": "iuvit", "ASCEND": "ascend"}),
     "text": (3, {"separate (the paper's)": "text-separate", "concatenated": "text-concat"}),
-    "ascend": (3, {"Swin encoder, conv decoder (the paper's)": "ascend-32",
-                   "conv encoder, conv decoder: a U-Net": "unet-32",
+    "ascend": (3, {"Swin encoder, conv decoder (the paper's)": "ascend",
+                   "conv encoder, conv decoder: a U-Net": "unet",
                    "Swin encoder, Swin decoder": "ascend-swin-swin", "conv encoder, Swin decoder": "ascend-conv-swin",
                    "without skips": "ascend-no-skips", "patch merging and expanding": "ascend-merge"}),
-    "prediction": (1, {"v, cosine": "unet-32", "v, linear": "unet-linear", "eps, cosine": "unet-eps",
+    "prediction": (1, {"v, cosine": "unet", "v, linear": "unet-linear", "eps, cosine": "unet-eps",
                        "eps, linear (the paper's)": "unet-eps-linear"}),
     "patch": (1, {"patch 4, width 96": "iuvit", "patch 4, width 192": "iuvit-wide",
                   "patch 8, width 192": "iuvit-p8", "patch 8, width 384": "iuvit-p8-wide"}),

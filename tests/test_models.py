@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 
 import diffusion
-from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, WindowAttention
+from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, WindowAttention, attend
 from conftest import TINY
 from iuvit import CrossAttention, IUViT
 from unet import GroupNorm, SpatialAttention, UNet, timestep_embedding
@@ -327,6 +327,20 @@ def test_attention_is_a_softmax_written_out():
     q, k, v = (part.view(2, 5, 3, 4).transpose(1, 2) for part in attn.qkv(x).split(12, dim=2))
     out = softmax_attention(q, k, v).transpose(1, 2).reshape(2, 5, 12)
     torch.testing.assert_close(attn(x, None), attn.proj(out))
+
+
+@pytest.mark.parametrize("dtype, biased, tolerance", [(torch.float32, True, 1e-6), (torch.bfloat16, False, 0.02),
+                                                      (torch.bfloat16, True, 0.02)])
+def test_attention_in_training_on_cpus_is_that_of_sampling_with_pytorchs_gradient(dtype, biased, tolerance):
+    inputs = [torch.randn(2, 3, 10, 16, requires_grad=True) for _ in range(3)]
+    inputs += [torch.randn(3, 10, 10, requires_grad=True)] if biased else []
+    ours = attend(*(x.to(dtype) for x in inputs))                                           # written out
+    with torch.no_grad():
+        assert (ours - attend(*(x.to(dtype) for x in inputs))).abs().max() < tolerance      # fused
+    theirs = F.scaled_dot_product_attention(*inputs)
+    wanted = torch.randn_like(theirs)
+    for a, b in zip(torch.autograd.grad(ours, inputs, wanted.to(dtype)), torch.autograd.grad(theirs, inputs, wanted)):
+        assert (a - b).norm() < tolerance * b.norm()
 
 
 def test_cross_attention_is_a_softmax_over_the_real_tokens_of_the_text():
