@@ -114,9 +114,9 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
-# The set shapes-text, by words: one or two objects and where they are. Shapes come late: of 8,000 steps the
+# The set shapes-text, by words: one or two objects and where they are. Shapes come late: of 7,000 steps the
 # first 4,000 give hardly more than colours, sizes and places.
-LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=8000, cfg=1.5, sample_every=2000)
+LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
 SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, samples=32,
