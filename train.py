@@ -119,7 +119,7 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines.
-SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=20_000, samples=32,
+SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=0.5, steps=10_000, lr=1e-3, samples=32,
                sampler="dpm", sample_steps=20)
 
 # Narrow networks, because in minutes the number of steps counts for more than width: the shape asked for is learnt all
@@ -127,7 +127,7 @@ SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=3.0, time_spread=
 # the width is where pictures are small, since at full size a channel costs the most time; doubled at half size already,
 # the network learnt shapes later. U-ViT and IU-ViT see patches of 4.
 PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
-PYRAMID64 = dict(PYRAMID, dim=24, dim_mults=[1, 1, 2, 4, 4], attn_sizes=[16, 8], head_dim=24)
+PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8])
 VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
 VIT64 = dict(patch_size=4, dim=256, depth=9, heads=4)
 PRESETS = {
