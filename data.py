@@ -1051,7 +1051,7 @@ def folder_captions(place, names):
 
 
 def folder_source(src, size, limit, crop, in_place=False):
-    """Whatever is there: tar shards stay where they are, all else is converted. in_place: shards or an lmdb, to stay."""
+    """Whatever is there: tar shards stay in place, all else is converted. in_place: shards or an lmdb, to stay."""
     place = open_place(src, limit)
     if in_place and not isinstance(place, (Tars, Lmdb)):
         raise UserError(f"--src {src} is no folder of .tar shards, and no lmdb")
@@ -1173,7 +1173,8 @@ def imagenet_source(src, size, limit):
 
 # ---- prepare: a source is converted, once --------------------------------------------------------
 # flip: may training mirror pictures? Not emoji, with their letters and hands, and not what long captions tell the
-# left and right of; None: if it has no captions. crop: how pictures are cut where nobody asks for another way. src: what --src must be.
+# left and right of; None: if it has no captions. crop: how pictures are cut where nobody asks for another way. src:
+# what --src must be.
 
 CELEBA = functools.partial(faces_source, images="img_align_celeba", attributes="list_attr_celeba",
                            split="list_eval_partition")
@@ -1754,7 +1755,8 @@ def null_like(cond, null):
 
 def drop(cond, null, chosen):
     """cond with the null condition in the chosen rows: bool (B,). Guidance needs a network that learned both."""
-    return [torch.where(chosen.view(-1, *[1] * (c.dim() - 1)), empty, c) for c, empty in zip(cond, null_like(cond, null))]
+    return [torch.where(chosen.view(-1, *[1] * (c.dim() - 1)), empty, c)
+            for c, empty in zip(cond, null_like(cond, null))]
 
 
 def captioned_name(name):
@@ -1875,7 +1877,7 @@ def export(name, data_dir, out, limit):
         return image.tobytes()
 
     os.makedirs(out, exist_ok=True)
-    with zipfile.ZipFile(os.path.join(out, "images.npz"), "w") as npz:      # np.savez would decode all of it into memory
+    with zipfile.ZipFile(os.path.join(out, "images.npz"), "w") as npz:      # np.savez would hold all of it in memory
         with npz.open("arr_0.npy", "w", force_zip64=True) as f:
             np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, S, S, 3)))
             f.writelines(tqdm(in_threads(save, range(n)), total=n, disable=None))

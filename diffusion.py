@@ -274,8 +274,8 @@ def pick_device(name):
 
 
 def fast_bfloat16(device):
-    """Whether it multiplies bfloat16 faster than float32: NVIDIA's GPUs since Ampere do, and CPUs with AMX tiles, or with
-    AVX512-BF16 if they are AMD's (on Intel's, without AMX, it was the slower type)."""
+    """Whether it multiplies bfloat16 faster than float32: NVIDIA's GPUs since Ampere do, and CPUs with AMX tiles, or
+    with AVX512-BF16 if they are AMD's (on Intel's, without AMX, it was the slower type)."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",

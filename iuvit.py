@@ -46,8 +46,8 @@ def masked_mean(tokens, mask):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts to
-    (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
+    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
+    to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
     PyTorch's fused kernels, but for training on CPUs: there they know no bias that learns, and in bfloat16 their
     gradient takes two to four times as long as that of the formula."""
