@@ -156,7 +156,8 @@ def speed_of_processes(n, dtype, steps):
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--"]
         flags = ["--preset", "unet-shapes", "--batch", 16 * n, "--steps", steps, "--log-every", steps // 2,
-                 "--dtype", dtype, "--sample-every", 10**6, "--sample-steps", 1, "--out", Path(folder, "run"), "--data-dir", folder]
+                 "--dtype", dtype, "--sample-every", 10**6, "--sample-steps", 1, "--out", Path(folder, "run"),
+                 "--data-dir", folder]
         subprocess.run([*launch, ROOT / "train.py", *map(str, flags)], check=True, capture_output=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         with open(Path(folder, "run", "log.csv")) as f:

@@ -68,8 +68,8 @@ def main():
         same = differences(*map(state, ends)) == {}
         logs = [[row.rsplit(",", 3)[0] for row in (folder / out / "log.csv").read_text().splitlines()]
                 for out in ("whole", "killed")]                 # without the clock's columns
-        print(f"{args.kills} kills, {writing} of them while a checkpoint was written: {broken} checkpoints broken; the end equals "
-              f"the undisturbed run's bit for bit: {same}; so does its log: {logs[0] == logs[1]}")
+        print(f"{args.kills} kills, {writing} of them while a checkpoint was written: {broken} checkpoints broken; the end "
+              f"equals the undisturbed run's bit for bit: {same}; so does its log: {logs[0] == logs[1]}")
         sys.exit(broken > 0 or not same or logs[0] != logs[1])
 
 

@@ -344,7 +344,8 @@ def test_attention_in_training_on_cpus_is_that_of_sampling_with_pytorchs_gradien
 
 
 def test_cross_attention_is_a_softmax_over_the_real_tokens_of_the_text():
-    attn, x, text, mask = CrossAttention(12, 3, text_dim=8), torch.randn(2, 5, 12), torch.randn(2, 4, 8), torch.ones(2, 4) > 0
+    attn, x, text = CrossAttention(12, 3, text_dim=8), torch.randn(2, 5, 12), torch.randn(2, 4, 8)
+    mask = torch.ones(2, 4) > 0
     mask[1, 2:] = False
     for i, real in enumerate([4, 2]):
         q, (k, v) = attn.q(x[i]), attn.kv(text[i, :real]).split(12, dim=1)

@@ -389,7 +389,8 @@ def test_sixteen_bits_of_colour_and_exif_that_is_none_are_no_obstacle(tmp_path):
 @pytest.mark.parametrize("content, says", [
     (b"", "UnidentifiedImageError"), (b"<html>404</html>", "cannot identify image file the file"),
     (encoded(quarters(), "webp")[:-20], "Error"), (encoded(quarters(), "jpeg")[:200], "Error"),
-    (encoded(quarters(), "png")[:100], "Error"), (png(40, 40, 8, 2).replace(b"IHDR\0", b"IHDR\1"), "UnidentifiedImageError"),
+    (encoded(quarters(), "png")[:100], "Error"),
+    (png(40, 40, 8, 2).replace(b"IHDR\0", b"IHDR\1"), "UnidentifiedImageError"),
     (png(20_000, 20_000, 8, 2), "DecompressionBombError"), (png(40, 40, 8, 2), "Error"),
 ], ids=["empty", "a page", "cut webp", "cut jpeg", "cut png", "wrong checksum", "400 megapixels", "no pixels"])
 def test_what_is_wrong_with_a_picture_is_said_the_same_every_time(content, says, tmp_path):
@@ -438,7 +439,8 @@ def test_a_metadata_table_goes_before_the_text_beside(published, tmp_path, capsy
     pictures = opened("by_csv", src, tmp_path)
     assert list(pictures.captions) == [['one, with "commas"'], [""], ["two"]]
     assert "1 of 3 pictures have no caption" in capsys.readouterr().err
-    write(src / "metadata.jsonl", '{"file_name": "a.png", "text": ["x", "y"], "id": 3}', "", '{"file_name": "c.png", "text": "z"}')
+    write(src / "metadata.jsonl", '{"file_name": "a.png", "text": ["x", "y"], "id": 3}', "",
+          '{"file_name": "c.png", "text": "z"}')
     write(src / "sub/metadata.jsonl", '{"file_name": "b.PNG", "text": "w"}')
     assert list(opened("by_jsonl", src, tmp_path).captions) == [["x", "y"], ["z"], ["w"]]
 

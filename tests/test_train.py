@@ -324,7 +324,8 @@ def drop_the_average(file):
 
 @pytest.mark.parametrize("damage, says", [
     (truncate, "cannot read the checkpoint run/ckpt.pt"), (flip_a_bit, "cannot read the checkpoint run/ckpt.pt"),
-    (run_a_program, "cannot read the checkpoint run/ckpt.pt"), (drop_the_average, "run/ckpt.pt is damaged or of other code")])
+    (run_a_program, "cannot read the checkpoint run/ckpt.pt"),
+    (drop_the_average, "run/ckpt.pt is damaged or of other code")])
 def test_a_damaged_checkpoint_is_refused_and_not_overwritten(trained, damage, says):
     trained()
     damage(Path("run/ckpt.pt"))
@@ -580,8 +581,8 @@ def test_no_field_of_the_config_is_without_a_test_of_its_flag():
     ("--steps 1e4", "int"), ("--lr fast", "float"), ("--steps 0", "above 0"), ("--batch -8", "above 0"),
     ("--accum 0", "above 0"), ("--lr 0", "above 0"), ("--lr nan", "--lr must be a finite"), ("--grad-clip 0", "above 0"),
     ("--time-shift 0", "above 0"), ("--time-spread 0", "above 0"), ("--samples 0", "above 0"),
-    ("--sample-steps 0", "above 0"),
-    ("--timeout 0", "above 0"), ("--log-every 0", "above 0"), ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
+    ("--sample-steps 0", "above 0"), ("--timeout 0", "above 0"), ("--log-every 0", "above 0"),
+    ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
     ("--drop 1", "[0, 1)"), ("--drop -0.1", "[0, 1)"), ("--ema 1", "[0, 1)"), ("--beta1 1", "[0, 1)"),
     ("--beta2 2", "[0, 1)"), ("--warmup -1", "not be negative"), ("--workers -1", "not be negative"),
     ("--weight-decay -1", "not be negative"), ("--seed -1", "not be negative"),
