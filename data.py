@@ -28,7 +28,6 @@ import functools
 import gzip
 import hashlib
 import http.client
-import importlib.util
 import io
 import itertools
 import json
@@ -62,6 +61,10 @@ class UserError(Exception):
     """Something the user can put right. The message says what is allowed, in one line."""
 
 
+class DamagedError(UserError):
+    """What a single process may come upon: each tells of it, where other mistakes are told once a machine."""
+
+
 def run(main):
     """main(), but a UserError, or a disk that refuses, becomes one line and exit code 2 instead of a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")   # file names need not be valid text
@@ -74,17 +77,18 @@ def run(main):
     except BrokenPipeError:                             # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, OSError):  # mistakes are a node's, told once
-            tqdm.write("error: " + " ".join(str(e).split()), file=sys.stderr)       # on a line of its own, below bars
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, (OSError, DamagedError)):
+            text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a loader worker's
+            tqdm.write("error: " + " ".join(text), file=sys.stderr)     # on a line of its own, below bars
         sys.exit(2)
 
 
 def processes():
     """(rank, world): the number of this process and how many there are, as torchrun says; (0, 1) without it."""
-    names = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-    if not all(value.isdecimal() for value in names.values()) or int(names["RANK"]) >= int(names["WORLD_SIZE"]):
-        raise UserError(f"RANK and WORLD_SIZE of the environment make no sense: {names}; torchrun sets them")
-    return int(names["RANK"]), int(names["WORLD_SIZE"])
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"the environment's RANK {rank!r} of WORLD_SIZE {world!r} makes no sense; torchrun sets them")
+    return int(rank), int(world)
 
 
 def write_file(path, write):
@@ -107,7 +111,7 @@ def write_file(path, write):
 
 
 def read_dict(path):
-    """A file that torch.save made of a dict, on the CPU. Loading it runs no code in it."""
+    """The dict in a file of torch.save, its tensors on the CPU. Loading it runs no code in it."""
     try:
         if zipfile.is_zipfile(path):                    # torch.load itself does not look at the checksums
             with zipfile.ZipFile(path) as parts:
@@ -140,7 +144,7 @@ def read_checkpoint(path):
 # Nothing here consumes a stream of random numbers. Each is a hash of where it is used, so that the
 # thousandth needs no 999 before it: a resumed run, or one with more workers, draws the same.
 
-SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes; a training step has none
+SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes; seed32(seed, step) needs none
 
 
 def mix(*ints):
@@ -150,11 +154,11 @@ def mix(*ints):
     One splitmix64 step per integer (Steele, Lea and Flood 2014, constants of Stafford's mix 13)."""
     h = np.zeros(1, np.uint64)                          # an array, because those overflow silently
     for v in ints:
-        v = v.astype(np.uint64) if isinstance(v, np.ndarray) else np.uint64(int(v) % 2 ** 64)
-        h = h + (v + np.ones(1, np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        h = h ^ (h >> np.uint64(31))
+        v = v.astype(np.uint64) if isinstance(v, np.ndarray) else np.array([int(v) % 2 ** 64], np.uint64)
+        h = h + (v + 1) * 0x9E3779B97F4A7C15
+        h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9
+        h = (h ^ (h >> 27)) * 0x94D049BB133111EB
+        h = h ^ (h >> 31)
     return h if any(isinstance(v, np.ndarray) for v in ints) else int(h[0])
 
 
@@ -266,10 +270,10 @@ def draw_shapes(index, size):
     index = np.asarray(index, np.int64)
 
     def choice(purpose, n):
-        return (mix(index, purpose) % np.uint64(n)).astype(np.int64)
+        return (mix(index, purpose) % n).astype(np.int64)
 
     def uniform(purpose):                               # float64 in [0, 1)
-        return (mix(index, purpose) >> np.uint64(11)) * 2.0 ** -53
+        return (mix(index, purpose) >> 11) * 2.0 ** -53
 
     colour, shape, grey = choice(0, 6), choice(1, 4), choice(2, 3)
     box = 0.40 + 0.35 * uniform(3)
@@ -304,7 +308,8 @@ SIDES = dict(small=(0.30, 0.35), large=(0.41, 0.46))    # of the bounding box, i
 ALONE = 0.62                                            # up to which a large object goes that has the picture to itself
 PLACES = {"in the middle": (0, 0), "on the left": (-0.2, 0), "on the right": (0.2, 0), "at the top": (0, -0.2),
           "at the bottom": (0, 0.2)}                    # of one object: its centre from the picture's, within 0.06
-RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}   # from the second to the first
+# from the second object to the first; number r is the opposite of number r ^ 1
+RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
 GAP = 0.07                                              # at least so much between the boxes of two objects
 
 
@@ -336,7 +341,7 @@ def draw_scene(index, held_out=False):
                 for i, d in enumerate(PLACES[place]))
         return grey, [Object(colour, shapes[0], x, y, box)], f"{phrase(sizes[0], colour, shapes[0])} {place}"
 
-    relation = choice(8, 4)                             # its opposite is relation ^ 1
+    relation = choice(8, 4)
     missing = [held_out_colour(shapes[0], relation), held_out_colour(shapes[1], relation ^ 1)]
     colour = missing[0] if held_out else (missing[0] + 1 + choice(9, 5)) % 6
     left = [c for c in range(6) if c != colour and (held_out or c != missing[1])]
@@ -470,25 +475,6 @@ def pieces(mask):
     return [label == numbers[i] for i in np.argsort(-sizes, kind="stable") if sizes[i] > SPECK * mask.size]
 
 
-def read_scene(image):
-    """One picture uint8 (3, S, S) -> its Objects, the largest first; colour and shape are -1 where it cannot tell."""
-    p = image.astype(np.float32)
-    background, contrast = backdrop(p)
-    found, objects = pieces(contrast > CLEAR), []
-    for piece in found:
-        core = piece & (contrast > 0.7 * np.percentile(contrast[piece], 80))
-        colour, alpha = read_colour(p, background, core)
-        others = np.any([other for other in found if other is not piece] or [piece & False], axis=0)
-        alpha[others | neighbours(others).any(0)] = 0
-        objects.append(Object(colour, *fit_shape(alpha, SCENE_FIT)))
-    return objects
-
-
-def direction(dx, dy, names):
-    """Which of names, word -> (x, y), points most in this direction."""
-    return max(names, key=lambda name: dx * names[name][0] + dy * names[name][1])
-
-
 class Seen(NamedTuple):
     size: str             # words of captions; None: none of them
     colour: str
@@ -497,26 +483,41 @@ class Seen(NamedTuple):
     y: float
 
 
-def in_words(o):
-    """An Object, whose colour or shape may be -1, -> Seen."""
-    return Seen("large" if o.box > LARGE else "small", [*PALETTE, None][o.colour], [*SHAPES, None][o.shape], o.x, o.y)
-
-
 NOTHING = Seen(None, None, None, 0, 0)
 
 
+def read_scene(image):
+    """One picture uint8 (3, S, S) -> what is Seen in it, the largest first."""
+    p = image.astype(np.float32)
+    background, contrast = backdrop(p)
+    found, seen = pieces(contrast > CLEAR), []
+    for piece in found:
+        core = piece & (contrast > 0.7 * np.percentile(contrast[piece], 80))
+        colour, alpha = read_colour(p, background, core)
+        others = np.any(found, axis=0) & ~piece
+        alpha[others | neighbours(others).any(0)] = 0
+        shape, x, y, box = fit_shape(alpha, SCENE_FIT)
+        seen.append(Seen("large" if box > LARGE else "small", [*PALETTE, None][colour], [*SHAPES, None][shape], x, y))
+    return seen
+
+
+def direction(dx, dy, names):
+    """Which of names, word -> (x, y), points most in this direction."""
+    return max(names, key=lambda name: dx * names[name][0] + dy * names[name][1])
+
+
 def judge_scene(objects, asked):
-    """Objects seen, the largest first, and the match of CAPTION_FORM with a caption -> {what was asked: is it so?}."""
-    size, colour, shape, place, relation, *other = asked.groups()
-    things = [(size, colour, shape), tuple(other)][:2 if relation else 1]
-    seen = [*map(in_words, objects), NOTHING, NOTHING][:len(things)]
+    """What is Seen, the largest first, and the match of CAPTION_FORM with a caption -> {what was asked: is it so?}."""
+    *first, place, relation, size, colour, shape = asked.groups()
+    things = [Seen(*thing, 0, 0) for thing in (first, (size, colour, shape))[:2 if relation else 1]]
+    seen = [*objects, NOTHING, NOTHING][:len(things)]
     # which is which: the order in which more colours and shapes are as asked
     seen = max((seen, seen[::-1]), key=lambda order: sum(
-        (o.colour == colour) + (o.shape == shape) for o, (_, colour, shape) in zip(order, things)))
-    right = dict(colour=all(o.colour == colour for o, (_, colour, _) in zip(seen, things)),
-                 shape=all(o.shape == shape for o, (_, _, shape) in zip(seen, things)))
-    if any(size for size, *_ in things):
-        right["size"] = all(size in (None, o.size) for o, (size, *_) in zip(seen, things))
+        (o.colour == thing.colour) + (o.shape == thing.shape) for o, thing in zip(order, things)))
+    right = dict(colour=all(o.colour == thing.colour for o, thing in zip(seen, things)),
+                 shape=all(o.shape == thing.shape for o, thing in zip(seen, things)))
+    if any(thing.size for thing in things):
+        right["size"] = all(thing.size in (None, o.size) for o, thing in zip(seen, things))
     if place:
         dx, dy = seen[0].x - 0.5, seen[0].y - 0.5
         where = "in the middle" if max(abs(dx), abs(dy)) < MIDDLE else direction(dx, dy, PLACES)
@@ -545,7 +546,7 @@ def asked_scenes(n):
     """n captions to be scored by, and the kind of each: one object, two objects, held-out. By turns, of numbers that
     no training has seen."""
     numbers, captions = itertools.count(SHAPE_COUNT), []
-    kinds = list(itertools.islice(itertools.cycle(["one object", "two objects", "held-out"]), n))
+    kinds = [("one object", "two objects", "held-out")[i % 3] for i in range(n)]
     for kind in kinds:
         drawn = (draw_scene(number, kind == "held-out")[2] for number in numbers)
         captions.append(next(c for c in drawn if kind == "held-out" or (" a " in c) == (kind == "two objects")))
@@ -591,8 +592,8 @@ def emoji_source(src, size, limit):
             image = image.resize((size, size), Image.Resampling.LANCZOS)
             yield np.asarray(image).transpose(2, 0, 1), None, [names[c]]
 
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Source(len(glyphs), size, [], items(), path, dict(sha256=digest), [])
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Source(len(glyphs), size, [], items(), path, dict(sha256=sha256), [])
 
 
 # ---- CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html) --------------------------------------
@@ -606,12 +607,10 @@ def download_cifar(path):
     """Fetch the archive, once. It stays where it is put: the server can take an hour over it."""
     try:
         with urllib.request.urlopen(CIFAR_URL, timeout=60) as reply:
-            total, blocks = int(reply.headers.get("Content-Length", 0)), []
-            with tqdm(desc=CIFAR_URL, total=total or None, unit="B", unit_scale=True) as bar:
-                while block := reply.read(1 << 16):
-                    blocks.append(block)
-                    bar.update(len(block))
-        blob = b"".join(blocks)
+            total = int(reply.headers.get("Content-Length", 0)) or None
+            with tqdm.wrapattr(reply, "read", total=total, desc=CIFAR_URL) as stream:
+                shutil.copyfileobj(stream, buffer := io.BytesIO())
+        blob = buffer.getvalue()
         if hashlib.sha256(blob).hexdigest() != CIFAR_SHA256:
             raise OSError("what arrived is not the published file: its sha256 differs")
         write_file(path, lambda f: f.write(blob))
@@ -627,8 +626,8 @@ def cifar_source(src, size, limit):
         raise UserError(f"--src {src} is not a file; it should be cifar-10-binary.tar.gz")
     names = [f"cifar-10-batches-bin/data_batch_{i}.bin" for i in range(1, 6)]
     blob = Path(src).read_bytes()
-    digest = hashlib.sha256(blob).hexdigest()
-    if digest != CIFAR_SHA256:
+    sha256 = hashlib.sha256(blob).hexdigest()
+    if sha256 != CIFAR_SHA256:
         print(f"warning: {src} is not the published archive (its sha256 differs)", file=sys.stderr)
     try:                                                # gzip's checksum is read, tarfile skips it
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(blob)), mode="r:") as tar:
@@ -644,7 +643,7 @@ def cifar_source(src, size, limit):
         raise UserError(f"{src} is not CIFAR-10: it holds a class above 9")
     records = records[:limit]
     items = ((record[1:].reshape(3, 32, 32), record[0], None) for record in records)
-    return Source(len(records), size, CIFAR_CLASSES, items, src, dict(sha256=digest), [])
+    return Source(len(records), size, CIFAR_CLASSES, items, src, dict(sha256=sha256), [])
 
 
 # ---- where pictures are: a folder, a zip, an lmdb, tar shards ------------------------------------
@@ -662,7 +661,7 @@ def digest(lines):
 
 class Place:
     """Has `names`, in an order that is always the same; open(name) -> a binary file; and sha256, over the list of its
-    files and their sizes, which tells it from another or later one."""
+    files and their sizes, which tells it from another, or a later one whose files have other sizes."""
 
     def title(self, name):
         """What to call a file in messages."""
@@ -670,7 +669,7 @@ class Place:
 
     def text(self, name):
         with self.open(name) as f:
-            return f.read().decode("utf-8", "replace")
+            return f.read().decode("utf-8-sig", "replace")      # Windows' editors begin a file with a mark
 
     def find(self, pattern):
         """Names whose last part matches."""
@@ -689,9 +688,10 @@ class Folder(Place):
 
         self.src, sizes = src, {}
         for folder, subfolders, files in os.walk(src, onerror=refuse, followlinks=True):
-            here = Path(folder).resolve()
-            subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))
-                             and not here.is_relative_to(Path(folder, d).resolve())]    # a link to above: a circle
+            if Path(folder).resolve() in [above.resolve() for above in Path(folder).parents]:   # links in a circle
+                subfolders.clear()
+                continue
+            subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))]
             inside = os.path.relpath(folder, src).replace(os.sep, "/") + "/"
             for f in files:
                 path = Path(folder, f)
@@ -708,10 +708,7 @@ class Zip(Place):
     """The files in a zip, in the way of a folder: EDM's data sets, for example."""
 
     def __init__(self, src):
-        try:
-            self.src, self.zip = src, zipfile.ZipFile(src)
-        except zipfile.BadZipFile as e:
-            raise UserError(f"--src {src} is no complete zip: {e}")
+        self.src, self.zip = src, zipfile.ZipFile(src)
         entries = {entry.filename: entry for entry in self.zip.infolist() if not entry.is_dir()
                    and not any(part.startswith((".", "__MACOSX")) for part in entry.filename.split("/"))}
         self.names = sorted(entries)
@@ -738,8 +735,8 @@ if hasattr(os, "register_at_fork"):                     # an lmdb must not be ca
 
 
 class Lmdb(Place):
-    """The values of an lmdb, as LSUN comes; names: bytes (N,), the keys, hashes, in their order, and a full stop each:
-    numpy drops zeros at an end."""
+    """The values of an lmdb, as LSUN comes; names: bytes (N,), the keys, which are hashes, in their order, each with a
+    full stop added, since numpy drops zeros at an end."""
 
     def __init__(self, src, names=None):
         self.src, self.names = src, names
@@ -808,7 +805,7 @@ class Tars(Place):
         return io.BytesIO(self.read(name[0], name[2], name[3]))
 
     def captions(self, name):
-        return [self.read(name[0], name[4], name[5]).decode(errors="replace").strip()]
+        return [self.read(name[0], name[4], name[5]).decode("utf-8-sig", "replace").strip()]
 
     def title(self, name):                              # a member's header is the block before it
         member = self.read(name[0], name[2] - 512, 100).rstrip(b"\0").decode(errors="replace")
@@ -927,11 +924,8 @@ def natural_size(place, names):
     """32 or 64 pixels, whichever suits the median short side of (at most 200 of) the pictures."""
     sides = []
     for name in spread(names, 200):
-        try:
-            with place.open(name) as file, Image.open(file) as image:
-                sides.append(min(image.size))
-        except Exception:                               # load_square will say what is wrong
-            continue
+        with contextlib.suppress(Exception), place.open(name) as file, Image.open(file) as image:
+            sides.append(min(image.size))               # load_square will say what is wrong with the others
     return 32 if sides and np.median(sides) < 64 else 64
 
 
@@ -1090,25 +1084,23 @@ def read_table(place, stem, columns=None):
 def faces_source(src, size, limit, crop, classes, images, attributes, split=None):
     """CelebA and CelebA-HQ: the folder `images`, the table `attributes`, and the table `split`, 0 for training. With
     attributes for classes, a class is a combination of having and not having them."""
-    def row(name):
-        return table.get(name.split("/")[-1])
-
     place = open_files(src)
     names = [name for name in place.pictures() if images in name.split("/")[:-1]] or place.pictures()   # not the masks
     names.sort(key=lambda name: (len(name), name))                                  # 2.jpg before 10.jpg
-    if split and (table := read_table(place, split)):
-        names = [name for name in names if row(name) == [0]]
+    if split and (part := read_table(place, split)):
+        names = [name for name in names if part.get(os.path.basename(name)) == [0]]
     elif split:
         print(f"warning: {src} has no {split}: taking all pictures, not only the training ones", file=sys.stderr)
     if not classes:
         return pictures_source(place, names, size, limit, crop)
     table = read_table(place, attributes, classes)
-    if missing := [name for name in names if not row(name)]:
+    rows = {name: table.get(os.path.basename(name)) for name in names}
+    if missing := [name for name in names if not rows[name]]:
         raise UserError(f"there is no {attributes}.txt in {src}, or nothing of {missing[0]} in it: no --classes then")
     combinations = [", ".join(c if i >> k & 1 else f"not {c}" for k, c in enumerate(classes))
                     for i in range(2 ** len(classes))]
     return pictures_source(place, names, size, limit, crop, combinations,
-                           label=lambda name: sum((value > 0) << k for k, value in enumerate(row(name))))
+                           label=lambda name: sum((value > 0) << k for k, value in enumerate(rows[name])))
 
 
 def birds_source(src, size, limit, crop):
@@ -1135,11 +1127,14 @@ def birds_source(src, size, limit, crop):
     except (OSError, IndexError, KeyError, ValueError) as e:
         raise UserError(f"{src} is not CUB-200-2011 as published: {type(e).__name__} {e}")
 
+    def captions(name):
+        return caption_lines(place.text(texts[bird(name)])) if bird(name) in texts else [""]
+
     texts = {bird(name): name for name in place.find(r".*\.txt") if "text_c10" in name.split("/")}
     if not texts:
         print(f"warning: {src} has no text_c10, the captions of Reed et al.: a set without captions", file=sys.stderr)
-    return pictures_source(place, sorted(label), size, limit, crop, classes, label.get, texts and (
-        lambda name: caption_lines(place.text(texts[bird(name)])) if bird(name) in texts else [""]), boxes)
+    return pictures_source(place, sorted(label), size, limit, crop, classes, label.get, captions if texts else None,
+                           boxes)
 
 
 def imagenet_source(src, size, limit):
@@ -1172,9 +1167,9 @@ def imagenet_source(src, size, limit):
 
 
 # ---- prepare: a source is converted, once --------------------------------------------------------
-# flip: may training mirror pictures? Not emoji, with their letters and hands, and not what long captions tell the
-# left and right of; None: if it has no captions. crop: how pictures are cut where nobody asks for another way. src:
-# what --src must be.
+# flip: may training mirror pictures? Not emoji, with their letters and hands, and not what captions may tell the left
+# and right of (those of birds hardly do); None: if it has no captions. crop: how pictures are cut where nobody asks
+# for another way. src: what --src must be.
 
 CELEBA = functools.partial(faces_source, images="img_align_celeba", attributes="list_attr_celeba",
                            split="list_eval_partition")
@@ -1228,7 +1223,7 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
         return meta
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, "
                         f"and {'encode' if kinds is FEATURES else 'prepare'} again")
 
@@ -1273,8 +1268,8 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
             how["classes"] = classes
         convert(row["source"](src, size or row["size"], limit, **how), folder,
                 dict(name=name, flip=row["flip"], limit=limit, attributes=classes))
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"cannot prepare {name}: {e}")
+    except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"cannot prepare {name}: {e}")      # RuntimeError: a zip under a password
     return True
 
 
@@ -1291,9 +1286,9 @@ def convert(source, folder, about):
     if need > free:
         raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,}: try "
                         "--data-dir on another disk, or --limit")
-    labels = []
+    labels, captions = [], []
 
-    def write_all(images, captions):
+    def write_images(images):
         # row after row, not through a writable memory map: a full disk kills those by a bus error
         header = dict(descr="|u1", fortran_order=False, shape=(source.count, 3, S, S))
         np.lib.format.write_array_header_1_0(images, header)
@@ -1301,7 +1296,7 @@ def convert(source, folder, about):
             images.write(square.tobytes())
             labels.append(label)
             if texts is not None:
-                captions.write(f"{json.dumps(texts)}\n".encode())
+                captions.append(json.dumps(texts))
         if not labels:
             raise UserError("none of the pictures can be read; the first is {!r} ({})".format(*skipped[0]))
         images.seek(0)                                  # numpy pads headers, so that N may change
@@ -1314,11 +1309,10 @@ def convert(source, folder, about):
         text = "".join(line + "\n" for line in lines).encode(errors="backslashreplace")
         write(name, lambda f: f.write(text))
 
-    lines = Path(folder, "captions.jsonl")
     if index is None:
-        write(lines.name, lambda captions: write("images.npy", lambda images: write_all(images, captions)))
-        if not lines.stat().st_size:
-            lines.unlink()
+        write("images.npy", write_images)
+        if captions:
+            write_lines("captions.jsonl", captions)
         if source.classes:
             write("labels.npy", lambda f: np.save(f, np.array(labels, np.int64)))
     else:
@@ -1327,7 +1321,7 @@ def convert(source, folder, about):
         write_lines("skipped.txt", (f"{path}\t{reason}" for path, reason in skipped))
         print(f"skipped {len(skipped)} unreadable files, listed in {folder}/skipped.txt; the first: "
               "{!r} ({})".format(*skipped[0]))
-    captions = lines.exists() or source.notes.get("place") == "Tars"
+    captions = bool(captions) or source.notes.get("place") == "Tars"
     flip = not captions if about["flip"] is None else about["flip"]
     meta = dict(about, flip=flip, size=S, n=len(labels) if index is None else len(index), classes=source.classes,
                 captions=captions, source=source.origin, skipped=len(skipped), **source.notes)
@@ -1363,8 +1357,8 @@ def read_lines(path):
         except ValueError:
             found = None
         if not isinstance(found, list) or not found or not all(isinstance(line, str) for line in found):
-            raise UserError(f"line {i + 1} of {path} is damaged: it should be a list of captions, as JSON; "
-                            f"rm -r {os.path.dirname(path)}, and prepare again")
+            raise DamagedError(f"line {i + 1} of {path} is damaged: it should be a list of captions, as JSON; "
+                               f"rm -r {os.path.dirname(path)}, and prepare again")
         return found
 
     return Rows(len(ends), entry)
@@ -1392,7 +1386,7 @@ class InPlace:
             if not isinstance(square, str):
                 return square, i
             self.note(f"{self.place.title(self.names[i])}\t{square}\n".encode())
-        raise UserError(f"100 pictures in a row cannot be read, number {number} and after: see {self.skipped}")
+        raise DamagedError(f"100 pictures in a row cannot be read, number {number} and after: see {self.skipped}")
 
     def note(self, line):
         """Add a line to skipped.txt, once, whichever process comes by."""
@@ -1432,6 +1426,8 @@ class Pictures:
             parts = (self.images, self.labels, self.captions)
             if any(len(part) != meta["n"] for part in parts if part is not None):
                 raise ValueError("its files are of different lengths")
+        except UserError:                               # of what lies elsewhere
+            raise
         except Exception as e:                          # numpy raises half a dozen kinds
             raise UserError(f"{folder} is damaged ({e}): rm -r {folder}, and prepare it again")
 
@@ -1443,7 +1439,7 @@ class Pictures:
 
     def take(self, index, n=None):
         """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers int64 (B,): those that
-        were asked for, but where a picture that lies in place cannot be read. Another of the first n stands in then."""
+        were asked for, but where a picture that lies in place cannot be read the next of the first n that can."""
         if not isinstance(self.images, InPlace):
             return self.images[index], index
         images, numbers = zip(*(self.images.decode(int(i), n or len(self)) for i in index))
@@ -1512,7 +1508,7 @@ INSTALL_T5 = "pip install transformers sentencepiece protobuf"
 @functools.lru_cache(maxsize=100_000)
 def random_vector(*address, width):
     """float64 (width,), uniform, of mean 0 and variance 1. By integers and single roundings: the same anywhere."""
-    return ((mix(WORD, *address, np.arange(width)) >> np.uint64(11)) * 2.0 ** -53 - 0.5) * math.sqrt(12)
+    return ((mix(WORD, *address, np.arange(width)) >> 11) * 2.0 ** -53 - 0.5) * math.sqrt(12)
 
 
 class Words:
@@ -1546,13 +1542,11 @@ class T5:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
-            net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16)
+            net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16).to(self.device)
         except Exception as e:                          # a missing package can look like anything
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            complete = all(importlib.util.find_spec(package) for package in ("sentencepiece", "google.protobuf"))
-            raise UserError(f"cannot load the T5 encoder {name} ({reason})" + (
-                "" if complete else f": its tokenizer may need `{INSTALL_T5}`"))
-        self.net, self.width = net.to(self.device).eval().requires_grad_(False), net.config.d_model
+            raise UserError(f"cannot load the T5 encoder {name} ({reason}); its tokenizer may need `{INSTALL_T5}`")
+        self.net, self.width = net.eval().requires_grad_(False), net.config.d_model
 
     def tokens(self, texts):
         end, found = self.tokenizer.eos_token_id, self.tokenizer(list(texts), verbose=False).input_ids
@@ -1560,10 +1554,8 @@ class T5:
 
     @torch.no_grad()
     def vectors(self, tokens):
-        ids = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.int64)        # 0 is T5's padding
-        mask = torch.zeros_like(ids)
-        for row, here, t in zip(ids, mask, tokens):
-            row[:len(t)], here[:len(t)] = torch.tensor(t), 1
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in tokens], batch_first=True)      # by 0, as T5
+        mask = (torch.arange(ids.shape[1]) < torch.tensor(list(map(len, tokens)))[:, None]).long()
         h = self.net(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
         return [v[:len(t)] for v, t in zip(h.to("cpu", torch.float16).numpy(), tokens)]
 
@@ -1606,7 +1598,7 @@ def encode_part(folder, captions, numbers, encoder):
         tokens, lengths, counts = (stack.enter_context(open(path, "a+b")) for path in paths[:3])
         for file in (tokens, lengths, counts):
             file.seek(0)
-        if tokens.read(len(header.getvalue())) != header.getvalue():
+        if os.path.getsize(paths[0]) < len(header.getvalue()):
             tokens.truncate(0)
             counts.truncate(0)
             tokens.write(header.getvalue())
@@ -1616,7 +1608,7 @@ def encode_part(folder, captions, numbers, encoder):
         sizes = np.frombuffer(lengths.read(4 * int(of.sum())), np.int32)
         start = len(header.getvalue()) + 2 * encoder.width * int(sizes.sum())
         if len(sizes) < of.sum() or os.path.getsize(paths[0]) < start:  # the machine went down, not the program
-            raise OSError(f"{folder} is damaged: rm -r {folder}, and encode again")     # any rank tells of it
+            raise DamagedError(f"{folder} is damaged: rm -r {folder}, and encode again")
         for file, size in ((tokens, start), (lengths, sizes.nbytes), (counts, of.nbytes)):
             file.truncate(size)
         for first in range(done, len(numbers), CHUNK):
@@ -1634,10 +1626,10 @@ def encode_part(folder, captions, numbers, encoder):
         T = int(sizes.sum()) + len(null)
         np.lib.format.write_array_header_1_0(f, dict(kind, shape=(T, encoder.width)))
         os.fsync(f.fileno())
-    os.replace(paths[0], folder / "tokens.npy")
     for name, steps in (("offsets", [*sizes, len(null)]), ("caption_of", of)):
         ends = np.concatenate([[0], np.cumsum(steps)]).astype(np.int64)
         write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
+    os.replace(paths[0], folder / "tokens.npy")
     meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes), tokens=T)
     write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
     for path in paths[1:]:
@@ -1716,7 +1708,7 @@ class Features:
                 raise ValueError("its files do not fit each other")
         except Exception as e:                          # numpy raises half a dozen kinds
             whole = f" {self.folder}/meta.json" if name else ""
-            raise UserError(f"{folder} is damaged ({e}): rm -r {folder}{whole}, and encode again")
+            raise DamagedError(f"{folder} is damaged ({e}): rm -r {folder}{whole}, and encode again")
         return tokens, offsets, caption_of
 
     def row(self, i, draw=0):
@@ -1736,7 +1728,7 @@ class Features:
 def pad(rows):
     """[float16 (L_i, d)] -> float16 (B, L, d), 0 beyond each text, and mask (B, L), True where it has a token. L is the
     longest, rounded up to a multiple of 8: few shapes, which suits hardware and compilers."""
-    L = max(map(len, rows)) + 7 & ~7
+    L = (max(map(len, rows)) + 7) // 8 * 8
     features, mask = torch.zeros(len(rows), L, rows[0].shape[1], dtype=torch.float16), torch.zeros(len(rows), L)
     for i, row in enumerate(rows):
         features[i, :len(row)], mask[i, :len(row)] = torch.as_tensor(row), 1
@@ -1765,9 +1757,11 @@ def captioned_name(name):
 
 
 def find_encoder(name, data_dir, asked):
-    """--encoder -> (full name, width) of an encoder whose features a set has or, as drawn sets with words, can have at
-    once. UserError, listing what there is, otherwise."""
+    """--encoder -> (full name, width) of an encoder whose features a set has or, as words, can have at once. UserError,
+    listing what there is, otherwise."""
     folder = set_folder(name, data_dir)
+    if not (read_meta(folder) or {}).get("captions", True):
+        raise UserError(f"{name} has no captions: prepare it with some, or leave --cond text out")
     found = sorted(path.parent for path in Path(folder, "text").glob("*/meta.json"))
     there = {path.name: read_meta(path, FEATURES) for path in found}
     source = BUILT_IN.get(name, OWN)["source"]
@@ -1808,15 +1802,14 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         k = step * self.batch + self.rows
-        places = zip(*(part.tolist() for part in np.divmod(k, self.n)))
-        index = np.array([permutation(self.seed, epoch, self.n)[place] for epoch, place in places])
+        index = np.array([permutation(self.seed, i // self.n, self.n)[i % self.n] for i in k.tolist()])
 
         order = np.argsort(index)                       # the disk is read in one direction
         taken, index[order] = self.pictures.take(index[order], self.n)
         x = np.empty_like(taken)
         x[order] = taken
         if self.flip:
-            mirrored = mix(self.seed, k, MIRROR) % np.uint64(2) == 1
+            mirrored = mix(self.seed, k, MIRROR) % 2 == 1
             x[mirrored] = x[mirrored, ..., ::-1]
         if self.features:
             return torch.from_numpy(x), *pad(self.features.rows(index, mix(self.seed, k, CAPTION)))

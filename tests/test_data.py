@@ -388,9 +388,11 @@ def test_linked_folders_count_and_a_link_in_a_circle_ends(album, tmp_path):
     elsewhere = Path(src, "more").rename(tmp_path / "elsewhere")
     Path(src, "dogs").symlink_to(elsewhere, target_is_directory=True)
     Path(src, "cats", "back").symlink_to(src, target_is_directory=True)
+    Path(src, "cats", "across").symlink_to(elsewhere, target_is_directory=True)
+    Path(elsewhere, "across").symlink_to(Path(src, "cats"), target_is_directory=True)
     os.mkfifo(Path(src, "cats", "pipe.png"))                            # which nobody ever writes to
     pictures = prepared(src, tmp_path)
-    assert pictures.classes == ["cats", "dogs"] and pictures.labels.tolist() == [0, 1, 1]
+    assert pictures.classes == ["cats", "dogs"] and pictures.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("paths", [["1.png", "2.png"], ["cats/1.png", "2.png"], ["all/1.png", "all/2.png"]])

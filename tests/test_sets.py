@@ -174,7 +174,7 @@ def edm(folder, labels=True):
 def captioned_folder(folder):
     for name, grey in {"a.png": 10, "sub/b.PNG": 20, "c.png": 30}.items():
         save(Image.new("L", (64, 64), grey), folder / name)
-    write(folder / "a.txt", "the first", "", "also the first")
+    write(folder / "a.txt", "\ufeffthe first", "", "also the first")          # the mark of Windows' editors
     write(folder / "sub/b.txt", "the second")
     write(folder / "c.txt", "the third")
     return folder
@@ -214,7 +214,7 @@ def trained(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", "--model", "uvit", "--data", name, "--out", out, "--net", net,
                                           *"--steps 3 --batch 4 --samples 2 --sample-steps 1 --device cpu "
                                            "--dtype float32 --workers 0".split(), *flags])
-        handlers = [(sig, signal.getsignal(sig)) for sig in (signal.SIGINT, signal.SIGTERM)]
+        handlers = [(sig, signal.getsignal(sig)) for sig in train.STOPS]
         try:
             train.main()
         finally:
@@ -430,6 +430,8 @@ def test_of_your_own_pictures_only_those_without_captions_are_mirrored(published
     for file in src.rglob("*.txt"):
         file.unlink()
     assert opened("bare", src, tmp_path).flip
+    with pytest.raises(data.UserError, match="bare has no captions"):
+        data.find_encoder("bare", tmp_path, "words")
 
 
 def test_a_metadata_table_goes_before_the_text_beside(published, tmp_path, capsys):
@@ -545,6 +547,27 @@ def test_without_lmdb_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "data.mdb").touch()
     with pytest.raises(data.UserError, match="pip install lmdb"):
         opened("church256", tmp_path, tmp_path / "sets")
+
+
+def test_a_set_whose_source_is_away_is_not_called_damaged(published, tmp_path):
+    src = published(lsun)
+    opened("bedroom256", src, tmp_path)
+    src.rename(tmp_path / "unplugged")
+    data.open_lmdb.cache_clear()
+    with pytest.raises(data.UserError, match="is not a readable lmdb") as e:
+        data.open_set("bedroom256", tmp_path)
+    assert "rm -r" not in str(e.value)
+
+
+def test_an_error_in_a_loader_s_worker_is_one_line_too(published, tmp_path, capsys):
+    src = published(shards, spoil=False)
+    pictures = opened("cc12m64", src, tmp_path)
+    loader = torch.utils.data.DataLoader(data.Batches(pictures, 6, range(6), 0, False), sampler=[0], batch_size=None,
+                                         num_workers=1)
+    (src / "00001.tar").unlink()
+    with pytest.raises(SystemExit):
+        data.run(lambda: list(loader))
+    assert capsys.readouterr().err.startswith("error: FileNotFoundError: [Errno 2] No such file")
 
 
 # ---- text features of shards ----------------------------------------------------------------------------------------

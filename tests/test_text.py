@@ -1,5 +1,6 @@
 """Text to image, from a caption to a picture: captioned shapes and their scorer, encoders and their files, training,
 sampling."""
+import importlib.util
 import json
 import os
 import pickle
@@ -158,6 +159,17 @@ def test_encoding_that_is_killed_goes_on_to_the_same_bytes(captions, tmp_path):
     assert len(whole) == 3 and sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "whole"))
     for name in ("tokens.npy", "offsets.npy", "caption_of.npy"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_encoding_that_is_killed_at_its_end_does_no_caption_again(captions, tmp_path, monkeypatch):
+    def part():
+        return list(data.encode_part(tmp_path / "part", [["one"], ["two"]], range(2), data.Words()))
+
+    monkeypatch.setattr(data, "CHUNK", 2)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(data, "write_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        part()
+    assert part() == [] and (tmp_path / "part/tokens.npy").exists()
 
 
 def test_a_limit_encodes_the_first_pictures_and_training_sees_no_others(captions):
@@ -384,7 +396,7 @@ def tiny_t5(folder, form):
 
 @pytest.mark.parametrize("form", ["tokenizer.json", "spiece.model"])
 def test_a_t5_folder_goes_through_encode_train_and_sample(form, tmp_path, sets, monkeypatch, trained, capsys):
-    here = all(data.importlib.util.find_spec(name) for name in ("transformers", "sentencepiece"))
+    here = all(importlib.util.find_spec(name) for name in ("transformers", "sentencepiece"))
     need(here, "T5", data.INSTALL_T5)
     folder = tiny_t5(tmp_path / f"t5-{form[:3]}", form)
     encoder = data.T5(str(folder))
