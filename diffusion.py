@@ -259,16 +259,19 @@ def sample(denoise, noise, schedule, sampler="dpm", steps=20):
 # ---- where and how precisely to compute -----------------------------------------------------------------
 
 def pick_device(name):
-    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. ValueError if a
-    device asked for by name is not here."""
+    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. OSError if what is
+    asked for by name, or a GPU for this process, is not here."""
     present = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     here = [device for device in present if present[device]]
     if name == "auto":
         name = here[0]
     if name not in here:
-        raise ValueError(f"there is no {name} on this machine that PyTorch can use; there is {', '.join(here)}")
+        raise OSError(f"there is no {name} on this machine that PyTorch can use; there is {', '.join(here)}")
     if name == "cuda":
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count > 1:
+            raise OSError(f"process {local} of this machine has no GPU of its own: there are {count}")
+        name = f"cuda:{local % count}"                          # a scheduler may show each process its own GPU alone
         torch.cuda.set_device(name)
     return torch.device(name)
 

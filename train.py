@@ -283,17 +283,16 @@ def parse(argv):
         fail(f"--out must name a folder of its own, not {config.out}")
 
     # is it sensible
-    for field in dataclasses.fields(Config):
-        if field.type is float and not math.isfinite(getattr(config, field.name)):
-            fail(f"--{field.name.replace('_', '-')} must be a finite number, not {getattr(config, field.name)}")
-    for field in POSITIVE:
-        if not getattr(config, field) > 0:
-            fail(f"--{field.replace('_', '-')} must be above 0, not {getattr(config, field)}")
-    for field in ("drop", "cooldown", "ema", "beta1", "beta2"):
-        if not 0 <= getattr(config, field) < 1:
-            fail(f"--{field} must lie in [0, 1), not at {getattr(config, field)}")
-    if config.warmup < 0 or config.workers < 0 or config.weight_decay < 0 or not 0 <= config.seed < 2**63:
-        fail("--warmup, --workers, --weight-decay and --seed must not be negative, and --seed be below 2^63")
+    for name, value in dataclasses.asdict(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag} must be a finite number, not {value}")
+        if name in POSITIVE and not value > 0:
+            fail(f"{flag} must be above 0, not {value}")
+        if name in ("drop", "cooldown", "ema", "beta1", "beta2") and not 0 <= value < 1:
+            fail(f"{flag} must lie in [0, 1), not at {value}")
+        if name in ("warmup", "workers", "weight_decay", "seed") and not 0 <= value < 2**63:
+            fail(f"{flag} must not be negative, nor 2^63 or more")
     return config, fresh, dry_run
 
 
@@ -403,11 +402,6 @@ def checkpoint_blocks(net):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
-def flat(record):
-    """A record of the config with the facts of its data set beside its fields, so that each is compared alone."""
-    return {**record, **{f"info.{key}": value for key, value in record.get("info", {}).items()}, "info": None}
-
-
 def keep_freed_memory():
     """Have glibc keep what one step frees for the next. By default large blocks go back to the system, and the 5,000 to
     34,000 page faults of getting them again made a step of the laptop presets a tenth to a quarter slower."""
@@ -452,8 +446,7 @@ def move_aside(out):
 def open_run(config, info):
     """The checkpoint in the run's folder, or None for a new run. A folder that holds another run is refused with the
     difference shown."""
-    out, asked = Path(config.out), flat(config.record(info))
-    ckpt, old = None, None
+    out, ckpt, old = Path(config.out), None, None
     if (out / "ckpt.pt").exists():
         ckpt = data.read_checkpoint(out / "ckpt.pt")
         old = ckpt["config"]
@@ -465,8 +458,8 @@ def open_run(config, info):
     if old is not None:
         if not isinstance(old, dict) or not isinstance(old.get("info"), dict):
             fail(f"the config of {out} is not that of a run: choose another --out")
-        old = flat({**dataclasses.asdict(Config()), **old})
-        asked = json.loads(json.dumps(asked))                               # in JSON, tuples are lists
+        old = {**dataclasses.asdict(Config()), **old, **old["info"]}        # facts of the set beside the fields
+        asked = json.loads(json.dumps({**dataclasses.asdict(config), **info}))      # in JSON, tuples are lists
         changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                    if k not in FREE and old.get(k) != v]
         if changed:
@@ -551,10 +544,14 @@ def join(config, device):
     return store
 
 
-def deaf_once(_):
-    """A process that reads ahead outlives the first SIGTERM, which torchrun sends to all: the training that asks it for
-    batches is yet to save, and would not if it were gone."""
-    signal.signal(signal.SIGTERM, lambda sig, _: signal.signal(sig, signal.SIG_DFL))
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]    # Windows: two
+
+
+def outlive_first_stop(_):
+    """A process that reads ahead outlives the first of each signal, which all processes of a run get: the training that
+    asks it for batches is yet to save, and would not if it were gone."""
+    for sig in STOPS:
+        signal.signal(sig, lambda sig, _: signal.signal(sig, signal.SIG_DFL))
 
 
 def main():
@@ -580,10 +577,7 @@ def main():
         unit = world * config.accum
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
-    try:
-        device = diffusion.pick_device(config.device)
-    except ValueError as e:
-        fail(e)
+    device = diffusion.pick_device(config.device)
     store = join(config, device) if world > 1 else None
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
@@ -664,16 +658,18 @@ def main():
         model = torch.compile(model)
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False                              # they are constants
 
-    # Ctrl-C and SIGTERM: finish the step, save, leave; a second one kills
+    # Ctrl-C, SIGTERM, a closed terminal: finish the step, save, leave; a second one kills
     stop = torch.zeros(1)
 
     def ask_to_stop(sig, _):
         stop.fill_(1)
         signal.signal(sig, signal.SIG_DFL)
 
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, ask_to_stop)
+    for sig in STOPS:
+        if signal.getsignal(sig) != signal.SIG_IGN:                 # as nohup has it for a closed terminal
+            signal.signal(sig, ask_to_stop)
 
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
@@ -681,8 +677,8 @@ def main():
     # to leave the global one alone
     batches = iter(torch.utils.data.DataLoader(
         data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features),
-        sampler=range(start, config.steps), batch_size=None, num_workers=config.workers, worker_init_fn=deaf_once,
-        pin_memory=device.type == "cuda", generator=torch.Generator()))
+        sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
+        worker_init_fn=outlive_first_stop, pin_memory=device.type == "cuda", generator=torch.Generator()))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
     skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: without a good one
@@ -728,10 +724,12 @@ def main():
                   f"--grad-ckpt, or a smaller --batch (now {config.batch})", file=sys.stderr)
         else:
             sys.__excepthook__(kind, e, trace)
+            if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+                print("torch.compile failed; --no-compile does without", file=sys.stderr)
         print(f"rank {rank} failed at step {step}; the same command goes on from step {saved}", file=sys.stderr)
 
     sys.excepthook = explain
-    for step in range(start, config.steps + 1):                     # so many are done; the last one is only logged
+    for step in range(start, config.steps + 1):                     # step: how many are done; the last pass does none
         leaving = stop.clone()                                      # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
@@ -778,16 +776,16 @@ def main():
                                         [c[part] for c in cond])
             (losses.mean() / config.accum).backward()
             bins = (t[part] * 4).long().clamp(max=3)
-            sums[0].index_add_(0, bins, losses.detach())
-            sums[1].index_add_(0, bins, torch.ones_like(losses))
+            sums.index_add_(1, bins, torch.stack([losses.detach(), torch.ones_like(losses)]))
         norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
         bad = (~norm.isfinite()).float()
         opt.grad_scale, opt.found_inf = None, bad       # GradScaler's way to have fused AdamW skip a step where it is 1
         opt.step()
-        skipped, in_row = skipped + bad, torch.where(bad > 0, in_row + 1, 0)
+        skipped, in_row = skipped + bad, bad * (in_row + 1)
         opt.zero_grad(set_to_none=True)
         decay = min(config.ema, (1 + step) / (10 + step))                               # a shorter memory early on
-        torch._foreach_lerp_(averaged, params, 1 - decay)
+        with torch.no_grad():                                       # or autograd would remember every average so far
+            torch._foreach_lerp_(averaged, params, 1 - decay)
         bar.update()
 
     bar.close()

@@ -86,7 +86,8 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.001)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.001)
 
     def evaluate():
         with precision, torch.no_grad():

@@ -1,4 +1,5 @@
 """train.py: what a run promises, from its flags to the folder it leaves, in networks that train in a second."""
+import copy
 import csv
 import dataclasses
 import json
@@ -24,7 +25,7 @@ from conftest import ROOT, command, tiny
 @pytest.fixture(autouse=True)
 def leave_this_process_as_it_was():
     """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it must not see."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in train.STOPS}
     precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
     yield
     sys.excepthook = sys.__excepthook__
@@ -149,6 +150,15 @@ def test_too_many_gradients_in_a_row_that_are_not_finite_end_the_run_and_keep_th
     assert Path("run/ckpt.pt").read_bytes() == before
 
 
+def test_averaging_leaves_no_trace_for_a_gradient(trained, monkeypatch):
+    """Else the graph grew by a link a step and parameter, and with it the memory."""
+    copies, deepcopy = [], copy.deepcopy
+    monkeypatch.setattr(train.copy, "deepcopy", lambda what: copies.append(deepcopy(what)) or copies[-1])
+    trained()
+    average, = (what for what in copies if isinstance(what, torch.nn.Module))
+    assert not any(p.requires_grad for p in average.parameters())
+
+
 def test_the_average_has_a_short_memory_while_the_run_is_young(trained):
     average = trained("--steps", 1, "--lr", 1e-30, out="start")["model"]        # a rate that moves nothing
     for step in range(4):
@@ -206,7 +216,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained, photos)
     assert column("loss", "whole") == column("loss", "halves")
 
 
-@pytest.mark.parametrize("name, workers", [("SIGINT", 0), ("SIGTERM", 0), ("SIGINT", 1)])
+@pytest.mark.parametrize("name, workers", [(s.name, 0) for s in train.STOPS] + [("SIGINT", 1)])
 def test_a_run_told_to_stop_finishes_its_step_and_resumes_to_the_same_bits(trained, monkeypatch, name, workers):
     def told_to_stop(*args):
         for process in multiprocessing.active_children():                       # a terminal tells the workers, too
@@ -613,7 +623,12 @@ def test_a_network_that_cannot_be_built_or_run_is_one_message(trained, model, ne
 
 def test_a_device_that_is_not_here_is_one_message(trained, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(data.UserError, match="cuda"):
+    with pytest.raises(OSError, match="no cuda on this machine.*there is cpu"):
+        trained("--device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with pytest.raises(OSError, match="process 5 of this machine has no GPU of its own: there are 4"):
         trained("--device", "cuda")
 
 
