@@ -38,6 +38,249 @@ from uvit import UViT
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
 SCORED = ("shapes", "shapes64", "shapes-text", "shapes64-text")         # sets that data.py can read back
 
+
+def fail(message):
+    raise data.UserError(message)
+
+
+# ---- a checkpoint ---------------------------------------------------------------------------------------------
+
+KNOWN = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
+             clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
+
+
+def read(path, weights="ema"):
+    """A checkpoint of train.py, or a published file of U-ViT or ADM -> (its config as a dict, its state_dict).
+
+    Told apart by content. UserError, one line, for anything else; weights: 'ema' or 'raw', which only our own have."""
+    whole = data.read_dict(path)
+    if "config" in whole:
+        try:
+            config = {"clock": "plain", **whole["config"]}
+            for key, allowed in KNOWN.items():
+                if config[key] not in allowed:
+                    raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
+            if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
+                raise ValueError("its sample_steps, cfg and drop are not all numbers")
+            if config["cond"] == "text":
+                config["text"] = {key: whole["text"][key] for key in ("encoder", "null", "captions", "rows")}
+            return config, whole["ema" if weights == "ema" else "model"]
+        except (KeyError, TypeError, ValueError) as e:
+            fail(f"{path} does not fit this code: {e!r}")
+    model, reader = next((known for name, known in READERS.items() if name in whole), (None, None))
+    if not reader:
+        names = "entries like " + ", ".join(map(str, list(whole)[:3]))
+        what = next((what for name, what in FOREIGN.items() if name in whole), names)
+        fail(f"{path} is neither a checkpoint of train.py (it holds no config) nor a file of U-ViT or ADM: "
+             f"it holds {what}")
+    if weights == "raw":
+        fail(f"{path} is a published file, which holds one set of weights: leave out --weights raw")
+    try:
+        arguments, state, facts = reader(whole)
+    except (ValueError, AssertionError, KeyError, IndexError, AttributeError) as e:
+        reason = e if isinstance(e, (ValueError, AssertionError)) else f"it is damaged: {e!r}"
+        fail(f"{path} is no network that fits this code: {reason}")
+    size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
+    return dict(model=model, net=arguments, data=Path(path).stem, cond="class" if classes else "none", **facts,
+                drop=0.0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
+                info=dict(size=size, classes=classes, flip=True)), state
+
+
+def load(path, weights="ema", device="cpu"):
+    """A checkpoint of train.py, or a published file of U-ViT or ADM -> (network in eval mode, its config as a dict).
+
+    The network is the plain one, except that calling it sets its clock (diffusion.on_clock): t is that of diffusion.py
+    also for networks that were trained elsewhere, and there is nothing to remember. weights: 'ema' or 'raw'. The
+    config of a text-conditional one also holds `text`: the encoder's name, the features `null` of the empty caption,
+    and the captions and features (`rows`) of the training grid."""
+    config, state = read(path, weights)
+    try:
+        info = config["info"]
+        classes = len(info["classes"]) if config["cond"] == "class" else 0
+        net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
+        net.load_state_dict(state)
+        diffusion.on_clock(net, config["clock"])
+    except (KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
+        fail(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
+    return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
+
+
+def draw(net, config, asked, ids, device):
+    """Pictures number `ids`, uint8 (B, 3, S, S), each from noise of its own.
+
+    config: as `load` returns it. asked: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)]."""
+    size, cond, null = config["info"]["size"], (), len(config["info"]["classes"])
+    if config["cond"] == "class":
+        cond = (asked.to(device),)
+    elif config["cond"] == "text":
+        features, mask = data.pad(asked)
+        cond, null = (features.to(device).float(), mask.to(device)), config["text"]["null"]
+    noise = diffusion.ImageNoise(data.image_seeds(config["seed"], ids), (3, size, size), device)
+    schedule = diffusion.SCHEDULES[config["schedule"]]
+    denoise = diffusion.denoiser(net, schedule, config["prediction"], cond, data.null_like(cond, null), config["cfg"],
+                                 config["clip"])
+    x = diffusion.sample(denoise, noise, schedule, config["sampler"], config["sample_steps"])
+    return data.to_uint8(x).cpu().numpy()
+
+
+# ---- what is asked for ----------------------------------------------------------------------------------------
+
+def newest_run():
+    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        fail("there is no run in runs/ yet: run `python train.py` first, or name one with --ckpt")
+    return runs[-1]
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.error = lambda message: fail(f"{message} (python sample.py --help lists all flags)")
+    p.add_argument("--ckpt", help="default: the newest in runs/")
+    p.add_argument("--n", type=int, help="how many pictures; default: 64; 8 a scale of --cfg; rounds of --prompt")
+    p.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
+    p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
+    p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
+                   "default: the run's own")
+    p.add_argument("--clip", choices=["none", "static", "dynamic"], help="limits on pictures; default: the run's own")
+    p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
+    p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
+                   "one a line; default: the captions of the training's grid")
+    p.add_argument("--attend", metavar="WORD", help="show beside each picture where this word of the prompts was read")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
+    p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8, for FID tools, and arr_1, classes or prompts")
+    p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
+    p.add_argument("--weights", choices=["ema", "raw"], default="ema")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network: minutes first, for many images")
+    args = p.parse_args(argv)
+    for name in ("n", "batch", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
+    try:
+        args.cfg = args.cfg and [float(scale) for scale in args.cfg.split(",")]
+    except ValueError:
+        fail(f"--cfg takes a float, or several like 1,2,4, not {args.cfg!r}")
+    if not np.isfinite(args.cfg or 0).all():
+        fail(f"--cfg must be a finite number, not {args.cfg}")
+    if args.cfg and len(args.cfg) > 1 and (args.npz or Path(args.out).suffix != ".png"):
+        fail("several scales of --cfg are rows of a sheet: --out is a .png then, and there is no --npz")
+    if args.seed < 0:
+        fail("--seed must not be negative")
+    return args
+
+
+def classes_of(args, config):
+    """The class of each of the n pictures, int64 (n,), or None for an unconditional model."""
+    names = config["info"]["classes"]
+    if config["cond"] != "class":
+        if args.classes:
+            fail("this model is not conditional on classes: it takes no --classes")
+        return None
+    try:
+        asked = [int(c) for c in args.classes.split(",")] if args.classes else range(len(names))
+    except ValueError:
+        fail(f"--classes takes numbers, like 3,5, not {args.classes!r}")
+    if any(not 0 <= c < len(names) for c in asked):
+        known = ", ".join(f"{i} {name}" for i, name in enumerate(names[:30]))
+        fail(f"--classes must lie in 0..{len(names) - 1}: {known}")
+    return torch.tensor([asked[i % len(asked)] for i in range(args.n)])
+
+
+def prompts_of(args, config):
+    """The prompts asked for, [str], none of which need differ; None for a model that takes none."""
+    if config["cond"] != "text":
+        if args.prompt or args.attend:
+            fail(f"this model is not conditional on text: it takes no --{'prompt' if args.prompt else 'attend'}")
+        return None
+    prompts = []
+    for prompt in args.prompt or config["text"]["captions"]:
+        if args.prompt and prompt.startswith("@"):
+            try:
+                lines = Path(prompt[1:]).read_text(encoding="utf-8", errors="replace").splitlines()
+            except OSError as e:
+                fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
+            prompts += [line.strip() for line in lines if line.strip()]
+        else:
+            prompts.append(prompt)
+    if not prompts:
+        fail("--prompt: the file holds no prompts")
+    return prompts
+
+
+def features_of(prompts, text, encoder):
+    """[float16 (L, d)] of the prompts, by the encoder that the network was trained with; encoder() loads it."""
+    known = dict(zip(text["captions"], text["rows"]))                   # those need none
+    if all(prompt in known for prompt in prompts):
+        return [known[prompt] for prompt in prompts]
+    for prompt, tokens in zip(prompts, encoder().tokens(prompts)):
+        if len(tokens) > data.MAX_TOKENS:
+            print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
+    rows = data.encode(encoder(), prompts)
+    if rows[0].shape[1] != text["null"].shape[1]:
+        fail(f"the encoder {text['encoder']} is {rows[0].shape[1]} wide, and the network learned from one of "
+             f"{text['null'].shape[1]}: it is another one by now")
+    return rows
+
+
+# ---- where the network looks --------------------------------------------------------------------------
+
+class AttentionMaps:
+    """From its making until `with` ends, sums up how much each place of the pictures reads tokens that are marked, over
+    all cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as it is: hooks watch
+    what goes into its cross-attentions, and compute their softmax once more."""
+
+    def __init__(self, net, marked, size):                              # marked (B, L) bool
+        self.maps, self.marked, self.size = torch.zeros(len(marked), size, size), marked, size
+        # by name, since each file of a network has a class of its own
+        watched = [m for m in net.modules() if type(m).__name__ == "CrossAttention"]
+        self.hooks = [m.register_forward_hook(self.watch) for m in watched]
+        if not self.hooks:
+            fail("--attend shows cross-attention, and this network has none: it reads text in some other way")
+
+    def watch(self, m, inputs, output):
+        B = len(self.marked)
+        x, text, mask = (part[:B] for part in inputs)                   # guidance's other half reads the null caption
+        q, k = m.q(x), m.kv(text).chunk(2, dim=-1)[0]                   # (B, N, D), (B, L, D)
+        q, k = (part.float().unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in (q, k))
+        scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
+        side = int(scores.shape[2] ** 0.5)                              # of the grid; IU-ViT's time stands before it
+        marked = self.marked[:, None, None, :mask.shape[1]].to(scores)
+        read = (scores.softmax(-1) * marked).sum(-1).mean(1)[:, -side * side:]          # (B, side^2)
+        read = read.view(B, 1, side, side).cpu()
+        self.maps += F.interpolate(read, (self.size, self.size), mode="bilinear")[:, 0]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def mark(word, prompts, encoder):
+    """bool (B, L): the tokens of the prompts that belong to the word, which may be several in a row."""
+    sought, rows = encoder.tokens([word])[0][:-1], encoder.tokens(prompts)      # without the mark of the end
+    marked = torch.zeros(len(rows), max(map(len, rows)) + 7 & ~7, dtype=torch.bool)[:, :data.MAX_TOKENS]
+    for i, tokens in enumerate(rows):
+        for j in range(min(len(tokens), data.MAX_TOKENS) - len(sought)):
+            if sought and tokens[j:j + len(sought)] == sought:
+                marked[i, j:j + len(sought)] = True
+    if not marked.any():
+        fail(f"--attend {word}: no prompt has this word; the first is {prompts[0][:80]!r}")
+    return marked
+
+
+def highlight(pictures, maps):
+    """uint8 (N, 3, S, S), maps (N, S, S) -> the pictures in grey, in orange where their map is high."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    heat = ((maps - low) / (high - low).clamp(min=1e-9))[:, None].numpy()           # (N, 1, S, S) in [0, 1]
+    grey = 0.5 * pictures.mean(1, keepdims=True)
+    return (grey + heat * (np.array([255, 140, 0]).reshape(3, 1, 1) - grey)).round().astype(np.uint8)
+
+
 # ---- weights of other people ---------------------------------------------------------------------------------
 
 def exactly(model, arguments, weights):
@@ -166,246 +409,6 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
            "state_dict": "another program's checkpoint", "model": "another program's checkpoint"}
 
 
-# ---- a checkpoint ---------------------------------------------------------------------------------------------
-
-KNOWN = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
-             clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
-
-
-def read(path, weights="ema"):
-    """A checkpoint of train.py, or a published file of U-ViT or ADM -> (its config as a dict, its state_dict).
-
-    Told apart by content. UserError, one line, for anything else; weights: 'ema' or 'raw', which only our own have."""
-    whole = data.read_dict(path)
-    if "config" in whole:
-        try:
-            config = {"clock": "plain", **whole["config"]}
-            for key, allowed in KNOWN.items():
-                if config[key] not in allowed:
-                    raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
-            if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
-                raise ValueError("its sample_steps, cfg and drop are not all numbers")
-            if config["cond"] == "text":
-                config["text"] = {key: whole["text"][key] for key in ("encoder", "null", "captions", "rows")}
-            return config, whole["ema" if weights == "ema" else "model"]
-        except (KeyError, TypeError, ValueError) as e:
-            raise data.UserError(f"{path} does not fit this code: {e!r}")
-    model, reader = next((known for name, known in READERS.items() if name in whole), (None, None))
-    if not reader:
-        names = "entries like " + ", ".join(map(str, list(whole)[:3]))
-        what = next((what for name, what in FOREIGN.items() if name in whole), names)
-        raise data.UserError(f"{path} is neither a checkpoint of train.py (it holds no config) nor a file of U-ViT or "
-                             f"ADM: it holds {what}")
-    if weights == "raw":
-        fail(f"{path} is a published file, which holds one set of weights: leave out --weights raw")
-    try:
-        arguments, state, facts = reader(whole)
-    except (ValueError, AssertionError, KeyError, IndexError, AttributeError) as e:
-        reason = e if isinstance(e, (ValueError, AssertionError)) else f"it is damaged: {e!r}"
-        raise data.UserError(f"{path} is no network that fits this code: {reason}")
-    size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
-    return dict(model=model, net=arguments, data=Path(path).stem, cond="class" if classes else "none", **facts,
-                drop=0.0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
-                info=dict(size=size, classes=classes, flip=True)), state
-
-
-def load(path, weights="ema", device="cpu"):
-    """A checkpoint of train.py, or a published file of U-ViT or ADM -> (network in eval mode, its config as a dict).
-
-    The network is the plain one, except that calling it sets its clock (diffusion.on_clock): t is that of diffusion.py
-    also for networks that were trained elsewhere, and there is nothing to remember. weights: 'ema' or 'raw'. The
-    config of a text-conditional one also holds `text`: the encoder's name, the features `null` of the empty caption,
-    and the captions and features (`rows`) of the training grid."""
-    config, state = read(path, weights)
-    try:
-        info = config["info"]
-        classes = len(info["classes"]) if config["cond"] == "class" else 0
-        net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
-        net.load_state_dict(state)
-        diffusion.on_clock(net, config["clock"])
-    except (KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
-        raise data.UserError(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
-    return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
-
-
-def draw(net, config, asked, ids, device):
-    """Pictures number `ids`, uint8 (B, 3, S, S), each from noise of its own.
-
-    config: as `load` returns it. asked: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)]."""
-    size, cond, null = config["info"]["size"], (), len(config["info"]["classes"])
-    if config["cond"] == "class":
-        cond = (asked.to(device),)
-    elif config["cond"] == "text":
-        features, mask = data.pad(asked)
-        cond, null = (features.to(device).float(), mask.to(device)), config["text"]["null"]
-    noise = diffusion.ImageNoise(data.image_seeds(config["seed"], ids), (3, size, size), device)
-    schedule = diffusion.SCHEDULES[config["schedule"]]
-    denoise = diffusion.denoiser(net, schedule, config["prediction"], cond, data.null_like(cond, null), config["cfg"],
-                                 config["clip"])
-    x = diffusion.sample(denoise, noise, schedule, config["sampler"], config["sample_steps"])
-    return data.to_uint8(x).cpu().numpy()
-
-
-def newest_run():
-    runs = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise data.UserError("there is no run in runs/ yet: run `python train.py` first, or name one with --ckpt")
-    return runs[-1]
-
-
-def parse(argv):
-    p = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.error = lambda message: fail(f"{message} (python sample.py --help lists all flags)")
-    p.add_argument("--ckpt", help="default: the newest in runs/")
-    p.add_argument("--n", type=int, help="how many pictures; default: 64; 8 a scale of --cfg; rounds of --prompt")
-    p.add_argument("--batch", type=int, default=64, help="pictures at a time")
-    p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
-    p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
-    p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
-                   "default: the run's own")
-    p.add_argument("--clip", choices=["none", "static", "dynamic"], help="limits on pictures; default: the run's own")
-    p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
-    p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
-                   "one a line; default: the captions of the training's grid")
-    p.add_argument("--attend", metavar="WORD", help="show beside each picture where this word of the prompts was read")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
-    p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8, for FID tools, and arr_1, classes or prompts")
-    p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
-    p.add_argument("--weights", choices=["ema", "raw"], default="ema")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: minutes first, for many images")
-    args = p.parse_args(argv)
-    for name in ("n", "batch", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} must be at least 1, not {getattr(args, name)}")
-    try:
-        args.cfg = args.cfg and [float(scale) for scale in args.cfg.split(",")]
-    except ValueError:
-        fail(f"--cfg takes a float, or several like 1,2,4, not {args.cfg!r}")
-    if not np.isfinite(args.cfg or 0).all():
-        fail(f"--cfg must be a finite number, not {args.cfg}")
-    if args.cfg and len(args.cfg) > 1 and (args.npz or Path(args.out).suffix != ".png"):
-        fail("several scales of --cfg are rows of a sheet: --out is a .png then, and there is no --npz")
-    if args.seed < 0:
-        fail("--seed must not be negative")
-    return args
-
-
-def fail(message):
-    raise data.UserError(message)
-
-
-def classes_of(args, config):
-    """The class of each of the n pictures, int64 (n,), or None for an unconditional model."""
-    names = config["info"]["classes"]
-    if config["cond"] != "class":
-        if args.classes:
-            fail("this model is not conditional on classes: it takes no --classes")
-        return None
-    try:
-        asked = [int(c) for c in args.classes.split(",")] if args.classes else range(len(names))
-    except ValueError:
-        fail(f"--classes takes numbers, like 3,5, not {args.classes!r}")
-    if any(not 0 <= c < len(names) for c in asked):
-        known = ", ".join(f"{i} {name}" for i, name in enumerate(names[:30]))
-        fail(f"--classes must lie in 0..{len(names) - 1}: {known}")
-    return torch.tensor([asked[i % len(asked)] for i in range(args.n)])
-
-
-def prompts_of(args, config):
-    """The prompts asked for, [str], none of which need differ; None for a model that takes none."""
-    if config["cond"] != "text":
-        if args.prompt or args.attend:
-            fail(f"this model is not conditional on text: it takes no --{'prompt' if args.prompt else 'attend'}")
-        return None
-    prompts = []
-    for prompt in args.prompt or config["text"]["captions"]:
-        if args.prompt and prompt.startswith("@"):
-            try:
-                lines = Path(prompt[1:]).read_text(encoding="utf-8", errors="replace").splitlines()
-            except OSError as e:
-                fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
-            prompts += [line.strip() for line in lines if line.strip()]
-        else:
-            prompts.append(prompt)
-    if not prompts:
-        fail("--prompt: the file holds no prompts")
-    return prompts
-
-
-def features_of(prompts, text, encoder):
-    """[float16 (L, d)] of the prompts, by the encoder that the network was trained with; encoder() loads it."""
-    known = dict(zip(text["captions"], text["rows"]))                   # those need none
-    if all(prompt in known for prompt in prompts):
-        return [known[prompt] for prompt in prompts]
-    for prompt, tokens in zip(prompts, encoder().tokens(prompts)):
-        if len(tokens) > data.MAX_TOKENS:
-            print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
-    rows = data.encode(encoder(), prompts)
-    if rows[0].shape[1] != text["null"].shape[1]:
-        fail(f"the encoder {text['encoder']} is {rows[0].shape[1]} wide, and the network learned from one of "
-             f"{text['null'].shape[1]}: it is another one by now")
-    return rows
-
-
-# ---- where the network looks --------------------------------------------------------------------------
-
-class AttentionMaps:
-    """From its making until `with` ends, sums up how much each place of the pictures reads tokens that are marked, over
-    all cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as it is: hooks watch
-    what goes into its cross-attentions, and compute their softmax once more."""
-
-    def __init__(self, net, marked, size):                              # marked (B, L) bool
-        self.maps, self.marked, self.size = torch.zeros(len(marked), size, size), marked, size
-        # by name, since each file of a network has a class of its own
-        watched = [m for m in net.modules() if type(m).__name__ == "CrossAttention"]
-        self.hooks = [m.register_forward_hook(self.watch) for m in watched]
-        if not self.hooks:
-            fail("--attend shows cross-attention, and this network has none: it reads text in some other way")
-
-    def watch(self, m, inputs, output):
-        B = len(self.marked)
-        x, text, mask = (part[:B] for part in inputs)                   # guidance's other half reads the null caption
-        q, k = m.q(x), m.kv(text).chunk(2, dim=-1)[0]                   # (B, N, D), (B, L, D)
-        q, k = (part.float().unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in (q, k))
-        scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
-        side = int(scores.shape[2] ** 0.5)                              # of the grid; IU-ViT's time stands before it
-        marked = self.marked[:, None, None, :mask.shape[1]].to(scores)
-        read = (scores.softmax(-1) * marked).sum(-1).mean(1)[:, -side * side:]          # (B, side^2)
-        read = read.view(B, 1, side, side).cpu()
-        self.maps += F.interpolate(read, (self.size, self.size), mode="bilinear")[:, 0]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
-
-
-def mark(word, prompts, encoder):
-    """bool (B, L): the tokens of the prompts that belong to the word, which may be several in a row."""
-    sought, rows = encoder.tokens([word])[0][:-1], encoder.tokens(prompts)      # without the mark of the end
-    marked = torch.zeros(len(rows), max(map(len, rows)) + 7 & ~7, dtype=torch.bool)[:, :data.MAX_TOKENS]
-    for i, tokens in enumerate(rows):
-        for j in range(min(len(tokens), data.MAX_TOKENS) - len(sought)):
-            if sought and tokens[j:j + len(sought)] == sought:
-                marked[i, j:j + len(sought)] = True
-    if not marked.any():
-        fail(f"--attend {word}: no prompt has this word; the first is {prompts[0][:80]!r}")
-    return marked
-
-
-def highlight(pictures, maps):
-    """uint8 (N, 3, S, S), maps (N, S, S) -> the pictures in grey, in orange where their map is high."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    heat = ((maps - low) / (high - low).clamp(min=1e-9))[:, None].numpy()           # (N, 1, S, S) in [0, 1]
-    grey = 0.5 * pictures.mean(1, keepdims=True)
-    return (grey + heat * (np.array([255, 140, 0]).reshape(3, 1, 1) - grey)).round().astype(np.uint8)
-
-
 # ---- the command --------------------------------------------------------------------------------------
 
 def sheet_of(pictures, args, labels):
@@ -459,10 +462,7 @@ def tell_score(pictures, y, prompts, kinds, how):
 def main():
     args = parse(sys.argv[1:])
     rank, world = data.processes()
-    try:
-        device = diffusion.pick_device(args.device)
-    except ValueError as e:
-        fail(e)
+    device = diffusion.pick_device(args.device)
     if world > 1:
         # only finished pictures travel, for which rank 0 may have to wait as long as another one draws
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
