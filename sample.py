@@ -227,36 +227,32 @@ def features_of(prompts, text, encoder):
 
 # ---- where the network looks --------------------------------------------------------------------------
 
-class AttentionMaps:
-    """From its making until `with` ends, sums up how much each place of the pictures reads tokens that are marked, over
-    all cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as it is: hooks watch
-    what goes into its cross-attentions, and compute their softmax once more."""
+@contextlib.contextmanager
+def attention_maps(net, marked, size):                                  # marked (B, L) bool
+    """`with attention_maps(...) as maps` sums up, until it ends, how much each place of the pictures reads tokens that
+    are marked, over all cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as
+    it is: hooks watch what goes into its cross-attentions, and compute their softmax once more."""
+    B, maps = len(marked), torch.zeros(len(marked), size, size)
 
-    def __init__(self, net, marked, size):                              # marked (B, L) bool
-        self.maps, self.marked, self.size = torch.zeros(len(marked), size, size), marked, size
-        # by name, since each file of a network has a class of its own
-        watched = [m for m in net.modules() if type(m).__name__ == "CrossAttention"]
-        self.hooks = [m.register_forward_hook(self.watch) for m in watched]
-        if not self.hooks:
-            fail("--attend shows cross-attention, and this network has none: it reads text in some other way")
-
-    def watch(self, m, inputs, output):
-        B = len(self.marked)
+    def watch(m, inputs, output):
         x, text, mask = (part[:B] for part in inputs)                   # guidance's other half reads the null caption
         q, k = m.q(x), m.kv(text).chunk(2, dim=-1)[0]                   # (B, N, D), (B, L, D)
         q, k = (part.float().unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in (q, k))
         scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
         side = int(scores.shape[2] ** 0.5)                              # of the grid; IU-ViT's time stands before it
-        marked = self.marked[:, None, None, :mask.shape[1]].to(scores)
-        read = (scores.softmax(-1) * marked).sum(-1).mean(1)[:, -side * side:]          # (B, side^2)
+        chosen = marked[:, None, None, :mask.shape[1]].to(scores)
+        read = (scores.softmax(-1) * chosen).sum(-1).mean(1)[:, -side * side:]          # (B, side^2)
         read = read.view(B, 1, side, side).cpu()
-        self.maps += F.interpolate(read, (self.size, self.size), mode="bilinear")[:, 0]
+        maps.add_(F.interpolate(read, (size, size), mode="bilinear")[:, 0])
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for hook in self.hooks:
+    # by name, since each file of a network has a class of its own
+    hooks = [m.register_forward_hook(watch) for m in net.modules() if type(m).__name__ == "CrossAttention"]
+    if not hooks:
+        fail("--attend shows cross-attention, and this network has none: it reads text in some other way")
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
             hook.remove()
 
 
@@ -429,20 +425,12 @@ def file_of(out, i):
 
 
 def what_decides(path, args, prompts):
-    """All that the pictures in a folder follow from, as JSON has it: the same command may go on with them later."""
+    """All that the pictures in a folder follow from, as JSON: the same command may go on with them later."""
     parts = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
     weights = [f"{part.filename} {part.CRC}" for part in parts] or [str(path)]
     names = "n batch sampler steps cfg clip classes attend seed weights device dtype compile".split()
     asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, checkpoint=data.digest(weights))
-    return json.loads(json.dumps(asked))
-
-
-def record_in(out):
-    """The record of what_decides in a folder, or None."""
-    try:
-        return json.loads((out / ".asked.json").read_bytes())
-    except (OSError, ValueError):
-        return None
+    return json.dumps(asked).encode()
 
 
 def tell_score(pictures, y, prompts, kinds, how):
@@ -506,8 +494,8 @@ def main():
             fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
         if args.npz and Path(args.npz).absolute() == out.absolute():
             fail("--npz would overwrite --out: choose another name for one of them")
-        asked = what_decides(path, args, prompts)
-        if out.suffix != ".png" and any(out.iterdir()) and record_in(out) != asked:
+        asked, record = what_decides(path, args, prompts), out / ".asked.json"
+        if out.suffix != ".png" and any(out.iterdir()) and not (record.is_file() and record.read_bytes() == asked):
             fail(f"the folder {out} is not empty, and not of this very command: choose another --out, so that nothing "
                  "is overwritten")
     except OSError as e:
@@ -515,7 +503,7 @@ def main():
     if world > 1:
         dist.barrier()                                                  # all have looked, before one writes
     if rank == 0 and out.suffix != ".png":
-        data.write_file(out / ".asked.json", lambda f: f.write(json.dumps(asked).encode()))
+        data.write_file(record, lambda f: f.write(asked))
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
     blocks = [(scale, first) for scale in args.cfg for first in range(0, args.n, args.batch)]
@@ -527,13 +515,13 @@ def main():
                 continue                                                # drawn before the command was stopped
             clip = args.clip or ("dynamic" if prompts and scale > 2 and config["clip"] == "static" else config["clip"])
             how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale, clip=clip)
-            look = contextlib.nullcontext()
+            looking = contextlib.nullcontext()
             if args.attend:
-                look = AttentionMaps(net, marked[which[first:ids.stop]].to(device), size)
-            with look:
+                looking = attention_maps(net, marked[which[first:ids.stop]].to(device), size)
+            with looking as maps:
                 drawn[scale, first] = draw(model, how, wanted[first:ids.stop], ids, device)
             if args.attend:                                             # beside each picture where it was looked
-                shown = highlight(drawn[scale, first], look.maps)
+                shown = highlight(drawn[scale, first], maps)
                 drawn[scale, first] = np.concatenate([drawn[scale, first], shown], axis=3)
             if out.suffix != ".png":                                    # kept there, and not in memory
                 for i, picture in zip(ids, drawn.pop((scale, first))):
@@ -562,8 +550,8 @@ def main():
     print(f"{args.n * len(args.cfg)} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
     for i, scale in enumerate(args.cfg if args.score else []):
         these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
-        how = f"{args.sampler} {args.steps}, guidance {scale:g}"
-        tell_score(these, y, prompts, kinds or ["as asked"] * args.n, how)
+        way = f"{args.sampler} {args.steps}, guidance {scale:g}"
+        tell_score(these, y, prompts, kinds or ["as asked"] * args.n, way)
 
 
 if __name__ == "__main__":

@@ -333,10 +333,10 @@ def test_attention_maps_are_those_of_the_network_and_leave_it_alone(drawn):
     assert sample.Image.open("a.png").width > 2 * 64
     net, config = sample.load("run/ckpt.pt")
     features, mask = data.pad(data.encode(data.Words(), ["a red circle"] * 2))
-    with sample.AttentionMaps(net, mask, 32) as look:
+    with sample.attention_maps(net, mask, 32) as maps:
         net(torch.randn(2, 3, 32, 32), torch.rand(2), features.float(), mask)
     layers = sum(type(m).__name__ == "CrossAttention" for m in net.modules())
-    assert torch.allclose(look.maps, torch.full_like(look.maps, layers), atol=1e-4), "all tokens together get all of it"
+    assert torch.allclose(maps, torch.full_like(maps, layers), atol=1e-4), "all tokens together get all of it"
     with pytest.raises(data.UserError, match="--attend dog: no prompt has this word"):
         drawn("--prompt", "a red circle", "--attend", "dog")
 
