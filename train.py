@@ -668,7 +668,7 @@ def main():
         signal.signal(sig, signal.SIG_DFL)
 
     for sig in STOPS:
-        if signal.getsignal(sig) != signal.SIG_IGN:                 # as nohup has it for a closed terminal
+        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup: a closed terminal is nothing
             signal.signal(sig, ask_to_stop)
 
     rows = range(rank, config.batch, world)                         # this process's share of every global batch

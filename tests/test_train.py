@@ -225,6 +225,7 @@ def test_a_run_told_to_stop_finishes_its_step_and_resumes_to_the_same_bits(train
         signal.raise_signal(getattr(signal, name))
         return draw_times(*args)
 
+    signal.signal(getattr(signal, name), signal.SIG_DFL)                        # these tests may run under nohup
     draw_times = diffusion.draw_times                                           # called at the beginning of each step
     monkeypatch.setattr(diffusion, "draw_times", Calls(draw_times, at=3, instead=told_to_stop))
     assert trained("--steps", 4, "--workers", workers)["step"] == 3
