@@ -168,11 +168,11 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
 
 # ---- time grids: decreasing lists of floats from t_max to 0 --------------------------------------------
 
-T_MIN = 1e-3        # the last step goes from here straight to 0; noise is then a hundredth, about one grey level
+T_MIN = 1e-3        # the last step goes from here straight to 0; sigma is then 0.01 (cosine: 0.006): one grey level
 
 
 def uniform_times(schedule, steps):
-    """Evenly spaced in time, for many small steps: Euler-Maruyama needs beta(t) * step to be small."""
+    """Evenly spaced in time, for many small steps, as Euler-Maruyama needs them."""
     return [schedule.t_max + (T_MIN - schedule.t_max) * i / max(1, steps - 1) for i in range(steps)] + [0.0]
 
 
@@ -195,9 +195,9 @@ def carry(x, x0, t, s, schedule):
 def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x.
 
-    First order, so its error falls only as 1 / steps; and fresh noise of size sqrt(beta) comes in every step, so beta
-    must be small: on the linear schedule it is up to 0.64 in 20 steps, and 0.02 in the paper's 1000. The noise has a
-    use: it mends what the network did wrong before."""
+    First order, so its error falls only as 1 / steps: the score is held for the whole step, so beta must be small where
+    x is more than noise. On the linear schedule it is up to 0.64 in 20 steps, and 0.02 in the paper's 1000; the first
+    of the cosine one are near 1, and do no harm. Fresh noise has a use: it mends what the network did wrong before."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2

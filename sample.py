@@ -82,7 +82,7 @@ def read(path, weights="ema"):
         fail(f"{path} is no network that fits this code: {reason}")
     size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
     return dict(model=model, net=arguments, data=Path(path).stem, cond="class" if classes else "none", **facts,
-                drop=0.0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
+                drop=0.0, seed=0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
                 info=dict(size=size, classes=classes, flip=True)), state
 
 
@@ -136,7 +136,8 @@ def parse(argv):
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = lambda message: fail(f"{message} (python sample.py --help lists all flags)")
     p.add_argument("--ckpt", help="default: the newest in runs/")
-    p.add_argument("--n", type=int, help="how many pictures; default: 64; 8 a scale of --cfg; rounds of --prompt")
+    p.add_argument("--n", type=int, help="how many pictures (of several --cfg, of each); default: 64, or 8 of "
+                   "each, or whole rounds of --prompt")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time")
     p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
     p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")

@@ -6,8 +6,8 @@
     python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config below is a flag
     python train.py --init-from cifar10_uvit_small.pth --data cats   go on from weights, your own or published ones
 
-The same command again resumes from the run's checkpoint: on a CPU, with as many processes, bit for bit. A larger
---steps goes on from there.
+The same command again resumes from the run's checkpoint: on a CPU, with as many processes and the same --accum, bit for
+bit. A larger --steps goes on from there.
 """
 import argparse
 import copy
@@ -119,15 +119,15 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
 # first 4,000 give hardly more than colours, sizes and places.
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
-# Small sets of real pictures, an hour or a night: larger pictures need more noise before they lose their outlines, and
-# real ones have detail, so that little noise is drawn as well: shapes do without, and keep a grain.
+# Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
+# noise, and a wider spread, as detail is learnt where there is little: shapes do without, and keep a grain.
 SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=2.0, time_spread=0.8, steps=8000, lr=1e-3, samples=32,
                sample_every=1000, sampler="dpm", sample_steps=20)
 
 # Narrow networks, because in minutes the number of steps counts for more than width: the shape asked for is learnt all
 # of a sudden, by the U-Net in its steps 2,000 to 2,500. Width 16, because CPUs multiply 16 numbers at a time. Most of
 # the width is where pictures are small, since at full size a channel costs the most time; doubled at half size already,
-# the network learnt shapes later. U-ViT and IU-ViT see patches of 4.
+# the network learnt shapes later (of 64 pixels, half is 32). U-ViT and IU-ViT see patches of 4.
 PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
 PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8])
 VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
@@ -178,15 +178,15 @@ ADM64 = pyramid(192, [1, 2, 3, 4], 3, [32, 16, 8])
 UNET_300M = pyramid(192, [1, 2, 4, 4], 2, [16, 8], text_dim=1024)
 ASCEND128 = pyramid(128, [1, 2, 2, 2, 2], 2, [16, 8])
 ASCEND256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16, 8])
-ASCEND_590M = pyramid(192, [1, 2, 3, 4, 4], 4, [16], dropout=0.0, text_dim=1024)    # at 8 pixels a window is all
+ASCEND_590M = pyramid(192, [1, 2, 3, 4, 4], 4, [16], dropout=0.0, text_dim=1024)    # at 8 a window is the map
 
 PAPER_RUNS = [
-    # preset                    steps  batch    lr  network                             else      source; FID to expect
+    # preset                    steps  batch    lr  network                             else      source; its FID
     ("unet-cifar10",          800_000,  128, 2e-4, {},                                  {}),    # DDPM; 3.17
     ("unet-celeba64",         500_000,  128, 2e-4, DDIM64,                              {}),    # DDIM; 3.26
-    # of these rows the steps are assumed, of the last three also batch and rate
+    # DDPM's steps at these sizes are assumed, ADM's numbers are quoted from memory, CC12M's are all assumed
     ("unet-church256",        500_000,   64, 2e-5, DDPM256,                             {}),    # DDPM; 7.89
-    ("unet-bedroom256",       500_000,   64, 2e-5, DDPM256,                        WORKERS),    # DDPM; 4.90
+    ("unet-bedroom256",       500_000,   64, 2e-5, DDPM256,                        WORKERS),    # DDPM; 6.36
     ("unet-bedroom256-adm",   500_000,  256, 1e-4, ADM256,                        ADM_LSUN),    # ADM; 1.90
     ("unet-imagenet64",       540_000, 2048, 3e-4, ADM64,                   ADM_IMAGENET64),    # ADM; 2.07
     ("unet-cc12m64",          150_000,  256, 1e-4, UNET_300M,                         TEXT),    # "about 300M"
@@ -196,7 +196,7 @@ PAPER_RUNS = [
     ("uvit-imagenet64",       300_000, 1024, 3e-4, vit(4, 768, 17, 12),              CLASS),    # U-ViT-M; 5.85
     ("uvit-imagenet64-large", 300_000, 1024, 3e-4, vit(4, 1024, 21, 16),             CLASS),    # U-ViT-L; 4.26
 
-    # from here on the batch is assumed, and the rate where it is 2e-4
+    # from here to the end the batch is assumed, and the rate where it is 2e-4
     ("iuvit-cifar10",         500_000,  128, 2e-4, {},                               SMALL),    # 45M; 2.56
     ("iuvit-celeba64",        500_000,  128, 2e-4, vit(4, 512, 13, 8),                  {}),    # 45M
     ("iuvit-church128",       450_000,  256, 2e-4, vit(8, 1408, 17, 22),                {}),    # 442M; the set assumed
@@ -644,7 +644,7 @@ def main():
         lock = make_folder(out)                                     # held to the end of this function
         print(f"training {config.model} ({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
               f"{len(pictures):,} pictures of {config.data}, {info['size']}x{info['size']}; "
-              "the paper's CIFAR-10 run of this model: "
+              "the CIFAR-10 run of this model: "
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
         if origin:
             print(origin)

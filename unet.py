@@ -89,8 +89,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, but for training on CPUs: there they know no bias that learns, and in bfloat16 their
-    gradient takes two to four times as long as that of the formula."""
+    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns, and without a mask in
+    bfloat16 their gradient takes two to four times as long as that of the formula."""
     slow = q.dtype == torch.bfloat16 if mask is None else mask.requires_grad
     if not (slow and q.is_cpu and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -274,8 +274,8 @@ class UNet(nn.Module):
         if self.text_embed is not None:
             mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # A linear of the normalised mean, added, is that mean concatenated with what the last layer of time's MLP
-            # reads (the norm, and which layer: assumed; by way of the first, the words for colours are learnt later).
+            # Adding text_pool is as if the last layer of time's MLP also read the text's mean: W a + V b = [W V] [a; b]
+            # (the norm, and which layer: assumed; by way of the first, the words for colours are learnt later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, 3, H, W)
