@@ -88,6 +88,9 @@ def processes():
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"the environment's RANK {rank!r} of WORLD_SIZE {world!r} makes no sense; torchrun sets them")
+    if int(world) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+        raise UserError(f"the environment has a WORLD_SIZE of {world} without MASTER_ADDR, MASTER_PORT; torchrun sets "
+                        "them")
     return int(rank), int(world)
 
 
@@ -110,6 +113,35 @@ def write_file(path, write):
         raise
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """Makes a folder, in which no other process is at work then: a second one waits here for the first. Where files
+    cannot be locked (Windows, some network disks) it does not."""
+    os.makedirs(folder, exist_ok=True)
+    path = Path(folder, ".lock")
+    with open(path, "a") as f:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                tqdm.write(f"another process is at work in {folder}: waiting for it", file=sys.stderr)
+                fcntl.lockf(f, fcntl.LOCK_EX)
+        try:
+            ours = os.path.samefile(path, f.fileno())
+        except FileNotFoundError:
+            ours = False
+        if not ours:                                    # the one we waited for took it away: whose turn is it?
+            with alone(folder):
+                yield
+            return
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):          # Windows removes no open files
+                path.unlink()
+
+
 def read_dict(path):
     """The dict in a file of torch.save, its tensors on the CPU. Loading it runs no code in it."""
     try:
@@ -126,7 +158,8 @@ def read_dict(path):
             reason = f"it holds {code[1]}, and more than tensors and plain values could run code here"
         elif isinstance(e, pickle.UnpicklingError):     # torch's own advice would be to run the code
             reason = "torch.save did not write it, or it is damaged"
-        raise UserError(f"cannot read the checkpoint {path}: {reason}")
+        kind = DamagedError if isinstance(e, (OSError, MemoryError)) else UserError     # the former, of one process
+        raise kind(f"cannot read the checkpoint {path}: {reason}")
     if not isinstance(whole, dict):
         raise UserError(f"{path} holds no weights by name, but a {type(whole).__name__}")
     return whole
@@ -1258,16 +1291,18 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
         raise not_there(name, data_dir) if name in BUILT_IN else UserError(
             f"which pictures? Name their folder with --src FOLDER: {row['src']}")
     try:
-        os.makedirs(folder, exist_ok=True)
-        if name == "cifar10" and src is None:           # beside the set: it outlives `rm -r`
-            src = os.path.abspath(os.path.join(data_dir, os.path.basename(CIFAR_URL)))
-            if not os.path.exists(src):
-                download_cifar(src)
-        how = dict(crop=crop or row["crop"]) if "crop" in row else {}
-        if row["source"] in (CELEBA, CELEBA_HQ):
-            how["classes"] = classes
-        convert(row["source"](src, size or row["size"], limit, **how), folder,
-                dict(name=name, flip=row["flip"], limit=limit, attributes=classes))
+        with alone(folder):
+            if read_meta(folder):                       # another process was first: is it what is asked for?
+                return prepare(name, data_dir, src, size, limit, crop, classes)
+            if name == "cifar10" and src is None:       # beside the set: it outlives `rm -r`
+                src = os.path.abspath(os.path.join(data_dir, os.path.basename(CIFAR_URL)))
+                if not os.path.exists(src):
+                    download_cifar(src)
+            how = dict(crop=crop or row["crop"]) if "crop" in row else {}
+            if row["source"] in (CELEBA, CELEBA_HQ):
+                how["classes"] = classes
+            convert(row["source"](src, size or row["size"], limit, **how), folder,
+                    dict(name=name, flip=row["flip"], limit=limit, attributes=classes))
     except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"cannot prepare {name}: {e}")      # RuntimeError: a zip under a password
     return True
@@ -1538,14 +1573,16 @@ class T5:
         except ImportError:
             raise UserError(f"the encoder {name} needs a package: `{INSTALL_T5}`; the encoder words needs none")
         self.name = os.path.abspath(name) if os.path.isdir(name) else name
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.device = torch.device("cpu")
+        if count := torch.cuda.device_count():          # a process may be shown its own alone
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
             net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16).to(self.device)
         except Exception as e:                          # a missing package can look like anything
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            raise UserError(f"cannot load the T5 encoder {name} ({reason}); its tokenizer may need `{INSTALL_T5}`")
+            kind = DamagedError if isinstance(e, RuntimeError) else UserError           # the former, of one process
+            raise kind(f"cannot load the T5 encoder {name} ({reason}); its tokenizer may need `{INSTALL_T5}`")
         self.net, self.width = net.eval().requires_grad_(False), net.config.d_model
 
     def tokens(self, texts):
@@ -1655,19 +1692,22 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
     left, started, estimated = sum(len(parts[name]) for name in todo), time.time(), rank > 0
     with tqdm(total=left, unit="picture", desc=f"captions by {encoder.name}", disable=rank > 0 or None) as bar:
         for name in todo:
-            before = 0
-            for done, size in encode_part(folder / name, pictures.captions, parts[name], encoder):
-                bar.update(done - before)
-                before = done
-                if not estimated:                       # before the hours begin
-                    estimated, left = True, left - done
-                    need = size * left // done * world
-                    hours = (time.time() - started) * left / min(done, CHUNK) / 3600
-                    if need > 1e9 or hours > 0.1:
-                        bar.write(f"{folder}: {need:,} bytes and about {hours:.1f} hours to go")
-                    if need > (free := shutil.disk_usage(folder).free):
-                        raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try "
-                                        "--limit, or a narrower encoder")
+            with alone(folder / name):
+                if complete(folder / name, len(parts[name])):           # by another process, meanwhile
+                    continue
+                before = 0
+                for done, size in encode_part(folder / name, pictures.captions, parts[name], encoder):
+                    bar.update(done - before)
+                    before = done
+                    if not estimated:                   # before the hours begin
+                        estimated, left = True, left - done
+                        need = size * left // done * world
+                        hours = (time.time() - started) * left / min(done, CHUNK) / 3600
+                        if need > 1e9 or hours > 0.1:
+                            bar.write(f"{folder}: {need:,} bytes and about {hours:.1f} hours to go")
+                        if need > (free := shutil.disk_usage(folder).free):
+                            raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try "
+                                            "--limit, or a narrower encoder")
     metas = {name: complete(folder / name, len(parts[name])) for name in parts}
     if "" not in parts and all(metas.values()):
         total = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
@@ -1782,9 +1822,9 @@ def find_encoder(name, data_dir, asked):
 
 @functools.lru_cache(maxsize=2)                         # a batch can lie across the end of an epoch
 def permutation(seed, epoch, n):
-    """The order of the pictures in an epoch, int64 (n,)."""
+    """The order of the pictures in an epoch, uint32 (n,) (for every worker has one in memory)."""
     h = mix(seed, epoch, SHUFFLE)
-    return np.random.RandomState([h % 2 ** 32, h >> 32]).permutation(n)     # frozen, says NEP 19
+    return np.random.RandomState([h % 2 ** 32, h >> 32]).permutation(n).astype(np.uint32)       # frozen, says NEP 19
 
 
 class Batches(torch.utils.data.Dataset):
@@ -1802,7 +1842,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         k = step * self.batch + self.rows
-        index = np.array([permutation(self.seed, i // self.n, self.n)[i % self.n] for i in k.tolist()])
+        index = np.array([permutation(self.seed, i // self.n, self.n)[i % self.n] for i in k.tolist()], np.int64)
 
         order = np.argsort(index)                       # the disk is read in one direction
         taken, index[order] = self.pictures.take(index[order], self.n)

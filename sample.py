@@ -408,6 +408,9 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
 
 # ---- the command --------------------------------------------------------------------------------------
 
+SHEET = 1024                                                            # more pictures would be none to look at
+
+
 def sheet_of(pictures, args, labels):
     """One PIL picture: a row for each guidance scale, else about a square, or a column for each prompt; labels (n,)."""
     scales, columns = args.cfg, min(16, max(1, round(len(pictures) ** 0.5)))
@@ -415,7 +418,7 @@ def sheet_of(pictures, args, labels):
         columns, labels = args.n, [f"{scale:g}: {label}" for scale in scales for label in labels or [""] * args.n]
     elif args.prompt and 1 < len(set(labels)) <= 16:
         columns = len(set(labels))
-    pictures = pictures[:1024]                                          # more would be no picture to look at
+    pictures = pictures[:SHEET]
     if labels:
         pictures = np.stack([data.captioned(picture, label, lines=3) for picture, label in zip(pictures, labels)])
     return data.grid(pictures, columns, gap=6 if labels else 2)
@@ -475,6 +478,8 @@ def main():
         args.n = 8 if len(args.cfg) > 1 else 64
         if args.prompt:
             args.n = max(1, args.n // max(8, len(prompts))) * len(prompts)
+    if len(args.cfg) > 1 and len(args.cfg) * args.n > SHEET:
+        fail(f"a sheet holds {SHEET:,} pictures, and {len(args.cfg)} rows of {args.n:,} are more: use a smaller --n")
     y = classes_of(args, config)
     wanted = [] if y is None else y
     if prompts:
@@ -483,6 +488,7 @@ def main():
         encoder = functools.cache(lambda: data.load_encoder(config["text"]["encoder"]))
         rows = features_of(prompts, config["text"], encoder)
         marked = mark(args.attend, prompts, encoder()) if args.attend else None
+        del encoder                                                     # T5-XXL is 9.5 GB beside the network
         which = [i % len(prompts) for i in range(args.n)]
         prompts, wanted = [prompts[i] for i in which], [rows[i] for i in which]
         if args.score:
@@ -519,8 +525,11 @@ def main():
             looking = contextlib.nullcontext()
             if args.attend:
                 looking = attention_maps(net, marked[which[first:ids.stop]].to(device), size)
-            with looking as maps:
-                drawn[scale, first] = draw(model, how, wanted[first:ids.stop], ids, device)
+            try:
+                with looking as maps:
+                    drawn[scale, first] = draw(model, how, wanted[first:ids.stop], ids, device)
+            except torch.OutOfMemoryError:
+                raise data.DamagedError(f"out of memory: use a smaller --batch (now {args.batch})")
             if args.attend:                                             # beside each picture where it was looked
                 shown = highlight(drawn[scale, first], maps)
                 drawn[scale, first] = np.concatenate([drawn[scale, first], shown], axis=3)

@@ -460,7 +460,8 @@ def open_run(config, info):
         if not isinstance(old, dict) or not isinstance(old.get("info"), dict):
             fail(f"the config of {out} is not that of a run: choose another --out")
         old = {**dataclasses.asdict(Config()), **old, **old["info"]}        # facts of the set beside the fields
-        asked = json.loads(json.dumps({**dataclasses.asdict(config), **info}))      # in JSON, tuples are lists
+        asked = {"captioned": None, **dataclasses.asdict(config), **info}
+        asked = json.loads(json.dumps(asked))                               # in JSON, tuples are lists
         changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                    if k not in FREE and old.get(k) != v]
         if changed:
@@ -604,6 +605,8 @@ def main():
     if config.cond == "text":
         features = data.Features(data.text_folder(pictures.folder, config.encoder))
         text = grid_text(pictures, features, config.samples)
+        if features.n < len(pictures):
+            info["captioned"] = features.n                          # only these are learnt, in an order of their own
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
     ckpt = open_run(config, info)
@@ -662,10 +665,10 @@ def main():
         model.broadcast_buffers = False                             # constants, equal on all ranks
 
     # Ctrl-C, SIGTERM, a closed terminal: finish the step, save, leave; a second one kills
-    stop = torch.zeros(1)
+    stops = []                                                      # no tensor: torch.compile may be tracing just then
 
     def ask_to_stop(sig, _):
-        stop.fill_(1)
+        stops.append(sig)
         signal.signal(sig, signal.SIG_DFL)
 
     for sig in STOPS:
@@ -676,9 +679,10 @@ def main():
     micro = len(rows) // config.accum
     # what this loader calls a sample is a whole batch, number `step`, so it can begin anywhere; it is given a generator
     # to leave the global one alone
+    whole = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features)
+    data.permutation(config.seed, start * config.batch // whole.n, whole.n)     # made here, for forked workers to share
     batches = iter(torch.utils.data.DataLoader(
-        data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features),
-        sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
+        whole, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
         worker_init_fn=outlive_first_stop, pin_memory=device.type == "cuda", generator=torch.Generator()))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
@@ -731,7 +735,7 @@ def main():
 
     sys.excepthook = explain
     for step in range(start, config.steps + 1):                     # step: how many are done; the last pass does none
-        leaving = stop.clone()                                      # a signal may come any time, and ranks must agree
+        leaving = torch.tensor([float(len(stops) > 0)])             # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
         last = step == config.steps

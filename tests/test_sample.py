@@ -249,6 +249,15 @@ def test_a_device_that_is_not_here_is_one_message(drawn, monkeypatch):
         drawn("--device", "cuda")
 
 
+def test_out_of_memory_is_one_message(drawn, monkeypatch):
+    def too_much(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sample, "draw", too_much)
+    with pytest.raises(data.UserError, match=r"out of memory: use a smaller --batch \(now 64\)"):
+        drawn()
+
+
 def test_only_pictures_of_shapes_are_scored(drawn, altered):
     with pytest.raises(data.UserError, match="--score.*emoji64"):
         drawn("--ckpt", altered(data="emoji64"), "--score")

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 import data
 import sample
 import train
-from conftest import command, need, tiny
+from conftest import ROOT, command, need, tiny
 
 COLOURS, SHAPES = "|".join(data.PALETTE), "|".join(data.SHAPES)
 
@@ -172,6 +174,27 @@ def test_encoding_that_is_killed_at_its_end_does_no_caption_again(captions, tmp_
     assert part() == [] and (tmp_path / "part/tokens.npy").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
+@pytest.mark.parametrize("argv, place", [(["prepare", "shapes-text", "--limit", "9"], "shapes-text"),
+                                         (["encode", "mine", "--encoder", "words"], "mine/text/words")])
+def test_a_second_process_waits_for_the_first_and_then_looks_what_there_is(captions, tmp_path, argv, place):
+    """As two trainings that are started at once, on a set that neither has prepared, or encoded, yet."""
+    captions([["one"], ["two"]])
+    folder = tmp_path / "sets" / place
+    code = f"import data\nwith data.alone({str(folder)!r}): print(flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()                            # it has the lock
+    second = subprocess.Popen([sys.executable, ROOT / "data.py", *argv, "--data-dir", tmp_path / "sets"],
+                              stderr=subprocess.PIPE, text=True)
+    assert "another process is at work in" in second.stderr.readline()
+    assert second.poll() is None and not (folder / "meta.json").exists()
+    holder.kill()
+    holder.communicate()
+    second.communicate()
+    assert second.returncode == 0 and (folder / "meta.json").exists()
+
+
 def test_a_limit_encodes_the_first_pictures_and_training_sees_no_others(captions):
     pictures = captions([[f"number {i}"] for i in range(10)])
     data.encode_set(pictures, data.Words(), limit=4)
@@ -249,6 +272,21 @@ def test_a_run_on_text_resumes_bit_for_bit_and_at_any_number_of_workers(trained)
     assert equal(whole, trained("--steps", 4, "--workers", 1, out="halves"))
 
 
+def test_a_run_does_not_go_on_with_features_of_other_pictures(trained, sets, tmp_path):
+    def encoded(limit):
+        shutil.rmtree(copy / "shapes-text" / "text", ignore_errors=True)
+        data.encode_set(data.open_set("shapes-text", str(copy)), data.Words(), limit)
+
+    copy = tmp_path / "sets"
+    shutil.copytree(sets, copy)
+    for first, other, says in [(20, 30, "captioned: 20 there, 30 asked"), (30, None, "captioned: 30 there, None asked")]:
+        encoded(first)
+        trained("--data-dir", copy, out=f"run{first}")
+        encoded(other)
+        with pytest.raises(data.UserError, match=says):
+            trained("--data-dir", copy, "--steps", 3, out=f"run{first}")
+
+
 def loss(out):
     return [float(line.split(",")[1]) for line in Path(out, "log.csv").read_text().splitlines()[1:]]
 
@@ -313,6 +351,9 @@ def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
     sheet = sample.Image.open("samples.png")
     cell = 128 + 3 * 14                                                         # three lines of text
     assert sheet.size == (6 + 2 * (128 + 6), 6 + 3 * (cell + 6))
+    sys.argv += ["--n", "342"]
+    with pytest.raises(data.UserError, match="a sheet holds 1,024 pictures, and 3 rows of 342 are more"):
+        sample.main()
     for flags, says in ((["--cfg", "1,2"], "there is no --npz"), (["--cfg", "1,x"], "takes a float, or several")):
         with pytest.raises(data.UserError, match=says):
             drawn(*flags)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import diffusion
@@ -231,6 +232,17 @@ def test_a_run_told_to_stop_finishes_its_step_and_resumes_to_the_same_bits(train
     assert trained("--steps", 4, "--workers", workers)["step"] == 3
     resumed = trained("--steps", 4)
     assert differences(state(trained("--steps", 4, out="whole")), state(resumed)) == {}
+
+
+def test_a_run_told_to_stop_while_a_compiler_traces_it_stops(trained, monkeypatch):
+    def told_to_stop(*args):
+        with FakeTensorMode():                                                  # as torch.compile traces
+            signal.raise_signal(signal.SIGTERM)
+        return draw_times(*args)
+
+    draw_times = diffusion.draw_times
+    monkeypatch.setattr(diffusion, "draw_times", Calls(draw_times, at=1, instead=told_to_stop))
+    assert trained("--steps", 3)["step"] == 1
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -460,10 +472,17 @@ def test_a_process_that_hangs_ends_all_after_the_timeout_and_the_last_line_says_
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(data.UserError, match="--batch 8 does not divide among 2 processes x 3.*: 6"):
         trained("--batch", 8, "--accum", 3)
     assert not Path("run").exists()
+
+
+def test_processes_that_cannot_find_each_other_are_one_message(trained, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(data.UserError, match="a WORLD_SIZE of 2 without MASTER_ADDR.*torchrun sets them"):
+        trained()
 
 
 # ---- flags -----------------------------------------------------------------------------------------------
