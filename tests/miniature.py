@@ -41,12 +41,15 @@ def net(**changes):
     return ["--net", json.dumps(changes)]
 
 
+# as the other presets, so that losses compare: of v, and at the same times
+ASCEND = ["--preset", "ascend-shapes", "--prediction", "v", "--time-shift", "1.6"]
+
 # name of a run -> flags of train.py. Several experiments may show the same run
 RUNS = {
     "unet":             ["--preset", "unet-shapes"],
     "uvit":             ["--preset", "uvit-shapes"],
     "iuvit":            ["--preset", "iuvit-shapes"],
-    "ascend":           ["--preset", "ascend-shapes"],
+    "ascend":           ASCEND,
 
     "iuvit-linear":     ["--preset", "iuvit-shapes", *net(head="linear")],
     "iuvit-mlp":        ["--preset", "iuvit-shapes", *net(ffn="mlp")],
@@ -55,10 +58,10 @@ RUNS = {
     "text-separate":    ["--preset", "iuvit-shapes-text"],
     "text-concat":      ["--preset", "iuvit-shapes-text", *net(text_attn="concat")],
 
-    "ascend-swin-swin": ["--preset", "ascend-shapes", *net(decoder="swin")],
-    "ascend-conv-swin": ["--preset", "ascend-shapes", *net(encoder="conv", decoder="swin")],
-    "ascend-no-skips":  ["--preset", "ascend-shapes", *net(skips=False)],
-    "ascend-merge":     ["--preset", "ascend-shapes", *net(resample="merge")],
+    "ascend-swin-swin": [*ASCEND, *net(decoder="swin")],
+    "ascend-conv-swin": [*ASCEND, *net(encoder="conv", decoder="swin")],
+    "ascend-no-skips":  [*ASCEND, *net(skips=False)],
+    "ascend-merge":     [*ASCEND, *net(resample="merge")],
 
     "unet-eps":         ["--preset", "unet-shapes", "--prediction", "eps"],
     "unet-linear":      ["--preset", "unet-shapes", "--schedule", "linear"],
