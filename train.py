@@ -117,8 +117,8 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
-# The set shapes-text, by words: one or two objects and where they are. Shapes come late: of 7,000 steps the
-# first 4,000 give hardly more than colours, sizes and places.
+# The set shapes-text, by words: one or two objects and where they are. The U-Net has single objects right in these
+# steps; of two it has the colours, and hardly learns which is where.
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
