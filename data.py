@@ -158,7 +158,7 @@ def read_dict(path):
             reason = f"it holds {code[1]}, and more than tensors and plain values could run code here"
         elif isinstance(e, pickle.UnpicklingError):     # torch's own advice would be to run the code
             reason = "torch.save did not write it, or it is damaged"
-        kind = DamagedError if isinstance(e, (OSError, MemoryError)) else UserError     # the former, of one process
+        kind = DamagedError if isinstance(e, (OSError, MemoryError)) else UserError     # it may be this process alone
         raise kind(f"cannot read the checkpoint {path}: {reason}")
     if not isinstance(whole, dict):
         raise UserError(f"{path} holds no weights by name, but a {type(whole).__name__}")
@@ -1581,7 +1581,7 @@ class T5:
             net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16).to(self.device)
         except Exception as e:                          # a missing package can look like anything
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            kind = DamagedError if isinstance(e, RuntimeError) else UserError           # the former, of one process
+            kind = DamagedError if isinstance(e, RuntimeError) else UserError   # a full GPU may be this process's alone
             raise kind(f"cannot load the T5 encoder {name} ({reason}); its tokenizer may need `{INSTALL_T5}`")
         self.net, self.width = net.eval().requires_grad_(False), net.config.d_model
 

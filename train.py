@@ -123,17 +123,18 @@ LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
 # noise, and a wider spread, as detail is learnt where there is little: shapes do without, and keep a grain.
-SMALL64 = dict(LAPTOP, data="emoji64", cond="none", time_shift=2.0, time_spread=0.8, steps=8000, lr=1e-3, samples=32,
-               sample_every=1000, sampler="dpm", sample_steps=20)
+# Emoji have names, and a network that reads them draws faces in half the steps of one that does not.
+SMALL64 = dict(LAPTOP, data="emoji64", cond="text", cfg=2.0, time_shift=2.0, time_spread=0.8, steps=8000, lr=1e-3,
+               samples=32, sample_every=1000, sampler="dpm", sample_steps=20)
 
 # Narrow networks, because in minutes the number of steps counts for more than width: the shape asked for is learnt all
 # of a sudden, by the U-Net in its steps 2,000 to 2,500. Width 16, because CPUs multiply 16 numbers at a time. Most of
 # the width is where pictures are small, since at full size a channel costs the most time; doubled at half size already,
 # the network learnt shapes later (of 64 pixels, half is 32). U-ViT and IU-ViT see patches of 4.
 PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
-PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8])
+PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8], text_dim=256)
 VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
-VIT64 = dict(patch_size=4, dim=256, depth=9, heads=4)
+VIT64 = dict(patch_size=4, dim=256, depth=9, heads=4, text_dim=256)
 PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(PYRAMID, resample="conv")),
     "uvit-shapes":    dict(LAPTOP, model="uvit", net=VIT, steps=12_000, sample_every=3000),
