@@ -113,20 +113,28 @@ def write_file(path, write):
         raise
 
 
+def lock(f, wait=False):
+    """Lock an open file for this process, until it closes it or ends. False if another one has it and this one does not
+    wait. Where files cannot be locked (Windows, some network disks) all are told True."""
+    try:
+        import fcntl
+        fcntl.lockf(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):          # unlike flock's, it is not inherited by loader workers
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def alone(folder):
-    """Makes a folder, in which no other process is at work then: a second one waits here for the first. Where files
-    cannot be locked (Windows, some network disks) it does not."""
+    """Makes a folder, in which no other process is at work then: a second one waits here for the first."""
     os.makedirs(folder, exist_ok=True)
     path = Path(folder, ".lock")
     with open(path, "a") as f:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-            try:
-                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                tqdm.write(f"another process is at work in {folder}: waiting for it", file=sys.stderr)
-                fcntl.lockf(f, fcntl.LOCK_EX)
+        if not lock(f):
+            tqdm.write(f"another process is at work in {folder}: waiting for it", file=sys.stderr)
+            lock(f, wait=True)
         try:
             ours = os.path.samefile(path, f.fileno())
         except FileNotFoundError:

@@ -118,7 +118,7 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
 # The set shapes-text, by words: one or two objects and where they are. The U-Net has single objects right in these
-# steps; of two it has the colours, and hardly learns which is where.
+# steps, and few of two.
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
@@ -428,15 +428,10 @@ def learning_rate(config, step):
 
 def claim(out):
     """An open file: as long as it is open, and this process lives, no other process can claim the folder. Two trainings
-    would overwrite each other's checkpoints. Where files cannot be locked (Windows, some network disks) nothing is."""
+    would overwrite each other's checkpoints."""
     f = open(Path(out) / ".lock", "a")
-    try:
-        import fcntl
-        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)   # unlike flock's, not inherited by loader workers: ends with us
-    except (BlockingIOError, PermissionError):
+    if not data.lock(f):
         fail(f"another training is writing to {out}: stop it, or choose another --out")
-    except (ImportError, OSError):
-        pass
     return f
 
 

@@ -42,7 +42,8 @@ def net(**changes):
 
 
 # as the other presets, so that losses compare: of v, and at the same times
-ASCEND = ["--preset", "ascend-shapes", "--prediction", "v", "--time-shift", "1.6"]
+ASCEND = ["--preset", "ascend-shapes", "--prediction", train.LAPTOP["prediction"],
+          "--time-shift", str(train.LAPTOP["time_shift"])]
 
 # name of a run -> flags of train.py. Several experiments may show the same run
 RUNS = {
