@@ -61,8 +61,9 @@ class UserError(Exception):
     """Something the user can put right. The message says what is allowed, in one line."""
 
 
-class DamagedError(UserError):
-    """What a single process may come upon: each tells of it, where other mistakes are told once a machine."""
+class LocalError(UserError):
+    """One that a process may meet alone (a damaged shard, a full GPU), so that each tells of it; of others only the
+    first of a machine does."""
 
 
 def run(main):
@@ -77,7 +78,7 @@ def run(main):
     except BrokenPipeError:                             # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, (OSError, DamagedError)):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, (OSError, LocalError)):
             text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a loader worker's
             tqdm.write("error: " + " ".join(text), file=sys.stderr)     # on a line of its own, below bars
         sys.exit(2)
@@ -117,9 +118,9 @@ def lock(f, wait=False):
     """Lock an open file for this process, until it closes it or ends. False if another one has it and this one does not
     wait. Where files cannot be locked (Windows, some network disks) all are told True."""
     try:
-        import fcntl
+        import fcntl                                    # lockf, since loader workers would inherit flock's lock
         fcntl.lockf(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):          # unlike flock's, it is not inherited by loader workers
+    except (BlockingIOError, PermissionError):
         return False
     except (ImportError, OSError):
         pass
@@ -128,7 +129,7 @@ def lock(f, wait=False):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Makes a folder, in which no other process is at work then: a second one waits here for the first."""
+    """Make a folder, and hold it: a second process that wants it waits here for the first."""
     os.makedirs(folder, exist_ok=True)
     path = Path(folder, ".lock")
     with open(path, "a") as f:
@@ -166,7 +167,7 @@ def read_dict(path):
             reason = f"it holds {code[1]}, and more than tensors and plain values could run code here"
         elif isinstance(e, pickle.UnpicklingError):     # torch's own advice would be to run the code
             reason = "torch.save did not write it, or it is damaged"
-        kind = DamagedError if isinstance(e, (OSError, MemoryError)) else UserError     # it may be this process alone
+        kind = LocalError if isinstance(e, (OSError, MemoryError)) else UserError     # it may be this process alone
         raise kind(f"cannot read the checkpoint {path}: {reason}")
     if not isinstance(whole, dict):
         raise UserError(f"{path} holds no weights by name, but a {type(whole).__name__}")
@@ -185,7 +186,7 @@ def read_checkpoint(path):
 # Nothing here consumes a stream of random numbers. Each is a hash of where it is used, so that the
 # thousandth needs no 999 before it: a resumed run, or one with more workers, draws the same.
 
-SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes; seed32(seed, step) needs none
+SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes
 
 
 def mix(*ints):
@@ -392,12 +393,11 @@ def draw_scene(index, held_out=False):
     slack = 1 - boxes[0] - boxes[1] - GAP
     before, after = slack * uniform(11), slack * (1 - uniform(11)) * uniform(12)
     name, (dx, dy) = list(RELATIONS.items())[relation]
-    first = 0 if dx + dy < 0 else 1                     # which object comes first from the left, or from the top
-    centres = [None, None]
+    first, centres = 0 if dx + dy < 0 else 1, []        # which object comes first from the left, or from the top
     for i in range(2):
         along = before + boxes[i] / 2 if i == first else 1 - after - boxes[i] / 2
         across = 0.5 + 0.16 * (uniform(13 + i) - 0.5)
-        centres[i] = (along, across) if dx else (across, along)
+        centres.append((along, across) if dx else (across, along))
     objects = [Object(colours[i], shapes[i], *centres[i], boxes[i]) for i in range(2)]
     return grey, objects, f"{phrase(sizes[0], colours[0], shapes[0])} {name} {phrase(sizes[1], colours[1], shapes[1])}"
 
@@ -796,6 +796,9 @@ class Lmdb(Place):
             raise UserError(f"{self.src} lacks entries that it had when it was prepared")
         return io.BytesIO(value)
 
+    def title(self, name):
+        return os.fsdecode(bytes(name)[:-1])
+
 
 def tar_pictures(path):
     """The pictures in a tar and what is wrong with it, or "". int64 (N, 5): number, where the picture starts, its
@@ -860,18 +863,6 @@ def open_files(src):
     if not os.path.isdir(src):
         raise UserError(f"--src {src} is not a folder, nor a zip")
     return Folder(src)
-
-
-def open_place(src, limit):
-    """Whatever is there; of tars only as many as it takes to reach the limit."""
-    if os.path.exists(os.path.join(src, "data.mdb")):
-        return Lmdb(src)
-    files = open_files(src)
-    if isinstance(files, Folder) and any(f.endswith(".tar") for f in os.listdir(src)):
-        if not files.pictures():
-            return Tars(src, limit=limit)
-        print(f"warning: {src} has .tar files beside its pictures: taking the pictures alone", file=sys.stderr)
-    return files
 
 
 # ---- how a picture becomes a square --------------------------------------------------------------
@@ -1087,14 +1078,18 @@ def folder_captions(place, names):
 
 def folder_source(src, size, limit, crop, in_place=False):
     """Whatever is there: tar shards stay in place, all else is converted. in_place: shards or an lmdb, to stay."""
-    place = open_place(src, limit)
-    if in_place and not isinstance(place, (Tars, Lmdb)):
+    if os.path.exists(os.path.join(src, "data.mdb")):
+        place = Lmdb(src)
+        return (in_place_source(place, size, limit, crop) if in_place else
+                pictures_source(place, place.names, size, limit, crop))
+    place = open_files(src)
+    names, tars = place.pictures(), isinstance(place, Folder) and any(f.endswith(".tar") for f in os.listdir(src))
+    if tars and (in_place or not names):
+        return in_place_source(Tars(src, limit=limit), size, limit, crop)
+    if in_place:
         raise UserError(f"--src {src} is no folder of .tar shards, and no lmdb")
-    if in_place or isinstance(place, Tars):
-        return in_place_source(place, size, limit, crop)
-    if isinstance(place, Lmdb):
-        return pictures_source(place, place.names, size, limit, crop)
-    names = place.pictures()
+    if tars:
+        print(f"warning: {src} has .tar files beside its pictures: taking the pictures alone", file=sys.stderr)
     return pictures_source(place, names, size, limit, crop, *folder_labels(place, names), folder_captions(place, names))
 
 
@@ -1400,7 +1395,7 @@ def read_lines(path):
         except ValueError:
             found = None
         if not isinstance(found, list) or not found or not all(isinstance(line, str) for line in found):
-            raise DamagedError(f"line {i + 1} of {path} is damaged: it should be a list of captions, as JSON; "
+            raise LocalError(f"line {i + 1} of {path} is damaged: it should be a list of captions, as JSON; "
                                f"rm -r {os.path.dirname(path)}, and prepare again")
         return found
 
@@ -1428,8 +1423,8 @@ class InPlace:
             square = load_or_reason(lambda: file, self.size, self.crop)
             if not isinstance(square, str):
                 return square, i
-            self.note(f"{self.place.title(self.names[i])}\t{square}\n".encode())
-        raise DamagedError(f"100 pictures in a row cannot be read, number {number} and after: see {self.skipped}")
+            self.note(f"{self.place.title(self.names[i])}\t{square}\n".encode(errors="backslashreplace"))
+        raise LocalError(f"100 pictures in a row cannot be read, number {number} and after: see {self.skipped}")
 
     def note(self, line):
         """Add a line to skipped.txt, once, whichever process comes by."""
@@ -1589,7 +1584,7 @@ class T5:
             net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16).to(self.device)
         except Exception as e:                          # a missing package can look like anything
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            kind = DamagedError if isinstance(e, RuntimeError) else UserError   # a full GPU may be this process's alone
+            kind = LocalError if isinstance(e, RuntimeError) else UserError   # a full GPU may be this process's alone
             raise kind(f"cannot load the T5 encoder {name} ({reason}); its tokenizer may need `{INSTALL_T5}`")
         self.net, self.width = net.eval().requires_grad_(False), net.config.d_model
 
@@ -1622,8 +1617,9 @@ def encode(encoder, texts):
 
 
 def text_folder(folder, encoder):
-    """Where the features of a set lie. google/t5-v1_1-xxl and ~/models/t5-v1_1-xxl are taken to be the same."""
-    return os.path.join(folder, "text", os.path.basename(encoder.rstrip("/")) or "words")
+    """Where the features of a set lie. google/t5-v1_1-xxl and ~/models/t5-v1_1-xxl share a folder: trainings find it
+    by either name."""
+    return os.path.join(folder, "text", os.path.basename(encoder.rstrip("/")))
 
 
 def encode_part(folder, captions, numbers, encoder):
@@ -1632,53 +1628,49 @@ def encode_part(folder, captions, numbers, encoder):
     folder.mkdir(parents=True, exist_ok=True)
     kind, header = dict(descr="<f2", fortran_order=False), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, dict(kind, shape=(0, encoder.width)))
-    # three files grow, each chunk in this order, so that what `counts` knows of is there: tokens, the length of every
-    # caption, the captions of every picture
-    paths = [folder / f"{name}.part" for name in ("tokens.npy", "lengths", "counts", "encoder")]
-    if not paths[3].exists() or paths[3].read_text() != encoder.name:
-        for path in paths:
-            path.unlink(missing_ok=True)
-        paths[3].write_text(encoder.name)
-    with contextlib.ExitStack() as stack:
-        tokens, lengths, counts = (stack.enter_context(open(path, "a+b")) for path in paths[:3])
-        for file in (tokens, lengths, counts):
-            file.seek(0)
-        if os.path.getsize(paths[0]) < len(header.getvalue()):
-            tokens.truncate(0)
-            counts.truncate(0)
+    # two files grow, each chunk in this order: its tokens; then, below the encoder's name, a line of JSON: how many
+    # captions each picture has, and how many tokens each caption. A line that a kill cut short has no end, or no tokens
+    paths, name = [folder / "tokens.npy.part", folder / "chunks.part"], f"{encoder.name}\n".encode()
+    with open(paths[0], "a+b") as tokens, open(paths[1], "a+b") as chunks:
+        chunks.seek(0)
+        first, *lines = chunks.readlines() or [b""]
+        done = [json.loads(line) for line in lines if line.endswith(b"\n")] if first == name else []
+        done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
+        of, sizes = ([n for chunk in done for n in chunk[i]] for i in range(2))
+        T = sum(sizes)
+        start = len(header.getvalue()) + 2 * encoder.width * T
+        if done and os.path.getsize(paths[0]) < start:  # the machine went down, not the program
+            raise LocalError(f"{folder} is damaged: rm -r {folder}, and encode again")
+        tokens.truncate(start if done else 0)
+        chunks.truncate(sum(map(len, [name, *lines[:len(done)]])) if done else 0)
+        if not done:
             tokens.write(header.getvalue())
-            tokens.flush()
-        done = min(os.path.getsize(paths[2]) // 4, len(numbers)) // CHUNK * CHUNK
-        of = np.frombuffer(counts.read(4 * done), np.int32)
-        sizes = np.frombuffer(lengths.read(4 * int(of.sum())), np.int32)
-        start = len(header.getvalue()) + 2 * encoder.width * int(sizes.sum())
-        if len(sizes) < of.sum() or os.path.getsize(paths[0]) < start:  # the machine went down, not the program
-            raise DamagedError(f"{folder} is damaged: rm -r {folder}, and encode again")
-        for file, size in ((tokens, start), (lengths, sizes.nbytes), (counts, of.nbytes)):
-            file.truncate(size)
-        for first in range(done, len(numbers), CHUNK):
+            chunks.write(name)
+        for first in range(len(of), len(numbers), CHUNK):
             here = [captions[i] for i in numbers[first:first + CHUNK]]
             rows = encode(encoder, [text for texts in here for text in texts])
-            more = [np.array(list(map(len, new)), np.int32) for new in (rows, here)]
-            sizes, of = np.append(sizes, more[0]), np.append(of, more[1])
-            for file, arrays in ((tokens, rows), (lengths, more[:1]), (counts, more[1:])):
-                file.writelines(array.tobytes() for array in arrays)
-                file.flush()
-            yield len(of), 2 * encoder.width * int(sizes.sum())
+            chunk = [list(map(len, here)), list(map(len, rows))]
+            of += chunk[0]
+            sizes += chunk[1]
+            T += sum(chunk[1])
+            tokens.writelines(row.tobytes() for row in rows)
+            tokens.flush()
+            chunks.write(json.dumps(chunk).encode() + b"\n")
+            chunks.flush()
+            yield len(of), 2 * encoder.width * T
         null = encode(encoder, [""])[0]
         tokens.write(null.tobytes())
     with open(paths[0], "r+b") as f:                    # numpy pads headers, so that T may grow
-        T = int(sizes.sum()) + len(null)
+        T += len(null)
         np.lib.format.write_array_header_1_0(f, dict(kind, shape=(T, encoder.width)))
         os.fsync(f.fileno())
     for name, steps in (("offsets", [*sizes, len(null)]), ("caption_of", of)):
-        ends = np.concatenate([[0], np.cumsum(steps)]).astype(np.int64)
+        ends = np.cumsum([0, *steps], dtype=np.int64)
         write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
     os.replace(paths[0], folder / "tokens.npy")
     meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes), tokens=T)
     write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
-    for path in paths[1:]:
-        path.unlink()
+    paths[1].unlink()
 
 
 def encode_set(pictures, encoder, limit=None, rank=0, world=1):
@@ -1756,7 +1748,7 @@ class Features:
                 raise ValueError("its files do not fit each other")
         except Exception as e:                          # numpy raises half a dozen kinds
             whole = f" {self.folder}/meta.json" if name else ""
-            raise DamagedError(f"{folder} is damaged ({e}): rm -r {folder}{whole}, and encode again")
+            raise LocalError(f"{folder} is damaged ({e}): rm -r {folder}{whole}, and encode again")
         return tokens, offsets, caption_of
 
     def row(self, i, draw=0):
@@ -1805,8 +1797,8 @@ def captioned_name(name):
 
 
 def find_encoder(name, data_dir, asked):
-    """--encoder -> (full name, width) of an encoder whose features a set has or, as words, can have at once. UserError,
-    listing what there is, otherwise."""
+    """--encoder -> (full name, width) of an encoder whose features a set has or, as words, can have at once; without
+    one, words for drawn captions and emoji, else the only one there is. UserError, listing what there is, otherwise."""
     folder = set_folder(name, data_dir)
     if not (read_meta(folder) or {}).get("captions", True):
         raise UserError(f"{name} has no captions: prepare it with some, or leave --cond text out")
@@ -1875,7 +1867,7 @@ def open_or_prepare(name, data_dir):
 
 
 def captioned(image, text, lines=2):
-    """uint8 (3, S, S) -> (3, H, W), 128 pixels or more wide, with lines of text below."""
+    """uint8 (3, S, S), or wider -> (3, H, W), 128 pixels or more wide, with lines of text below."""
     scale = max(1, 128 // image.shape[-1])
     image = image.repeat(scale, axis=1).repeat(scale, axis=2)
     W, H = max(128, image.shape[2]), image.shape[1]

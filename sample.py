@@ -77,7 +77,7 @@ def read(path, weights="ema"):
         fail(f"{path} is a published file, which holds one set of weights: leave out --weights raw")
     try:
         arguments, state, facts = reader(whole)
-    except (ValueError, AssertionError, KeyError, IndexError, AttributeError) as e:
+    except Exception as e:                                              # a damaged file can raise anything
         reason = e if isinstance(e, (ValueError, AssertionError)) else f"it is damaged: {e!r}"
         fail(f"{path} is no network that fits this code: {reason}")
     size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
@@ -191,7 +191,7 @@ def classes_of(args, config):
 
 
 def prompts_of(args, config):
-    """The prompts asked for, [str], none of which need differ; None for a model that takes none."""
+    """The prompts asked for, [str], of which some may be the same; None for a model that takes none."""
     if config["cond"] != "text":
         if args.prompt or args.attend:
             fail(f"this model is not conditional on text: it takes no --{'prompt' if args.prompt else 'attend'}")
@@ -292,6 +292,20 @@ def exactly(model, arguments, weights):
     return weights
 
 
+def renamed(weights, theirs):
+    """weights by our names, {a part of theirs: of ours}, and with one more class: the null one, zero and untrained."""
+    ours = {}
+    for name, p in weights.items():
+        for old, new in theirs.items():
+            name = name.replace(old, new)
+        ours[name] = F.pad(p, (0, 0, 0, 1)) if name == "class_embed.weight" else p
+    return ours
+
+
+# A reader takes a file, {name: tensor}, and returns the arguments of our network, its state_dict, and facts, what the
+# network must be used with: see train.py's Config. Sizes are read from the file, so other widths and depths of the
+# known layouts will do. ValueError, one line, if it is another network.
+
 # The published files whose pictures are pixels: (side, patch, with classes). Common to all of them, and not to be seen
 # from shapes: heads of 64 channels, the linear schedule, eps, time as 999 t, and no class for "no class".
 UVIT_FILES = {(32, 2, False): "cifar10_uvit_small",
@@ -300,11 +314,7 @@ UVIT_FILES = {(32, 2, False): "cifar10_uvit_small",
 
 
 def read_uvit(weights):
-    """A file of U-ViT's authors (github.com/baofff/U-ViT) -> (arguments of UViT, its state_dict, facts).
-
-    weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in UVIT_FILES
-    will do. facts are what the network must be used with: see train.py's Config. Its null class, which the authors'
-    network lacks, is zero and untrained. ValueError, one line, if it is another network."""
+    """A file of U-ViT's authors (github.com/baofff/U-ViT)."""
     if "context_embed.weight" in weights:
         raise ValueError("it is a text-to-image U-ViT, which works on latents of an autoencoder and not on pixels")
     dim, channels, patch_size, _ = weights["patch_embed.proj.weight"].shape
@@ -322,13 +332,8 @@ def read_uvit(weights):
 
     arguments = dict(img_size=img_size, patch_size=patch_size, dim=dim, heads=dim // 64, num_classes=classes,
                      depth=sum(name.endswith(".norm1.weight") for name in weights))
-    theirs = {"patch_embed.proj.": "patch_embed.", "label_emb.": "class_embed.", ".mlp.": ".ffn.",
-              "decoder_pred.": "to_pixels.", "final_layer.": "head."}
-    ours = {}
-    for name, p in weights.items():
-        for old, new in theirs.items():
-            name = name.replace(old, new)
-        ours[name] = F.pad(p, (0, 0, 0, 1)) if name == "class_embed.weight" else p      # one more row: the null class
+    ours = renamed(weights, {"patch_embed.proj.": "patch_embed.", "label_emb.": "class_embed.", ".mlp.": ".ffn.",
+                             "decoder_pred.": "to_pixels.", "final_layer.": "head."})
     facts = dict(schedule="linear", prediction="eps", clock="uvit")
     return arguments, exactly(UViT, arguments, ours), facts
 
@@ -341,12 +346,8 @@ ADM_FILES = {(1, 2, 3, 4): dict(img_size=64, schedule="cosine", legacy=False),  
 
 
 def read_adm(weights):
-    """A file of ADM's authors (github.com/openai/guided-diffusion) -> (arguments of UNet, its state_dict, facts).
-
-    weights: the file, {name: tensor}. Sizes are read from it, so other widths and depths of the layouts in ADM_FILES
-    will do. facts are what the network must be used with: see train.py's Config. Its null class, which the authors'
-    network lacks, is zero and untrained. ValueError, one line, if it is another network.
-    The three output channels that predict a variance are left out: no sampler here reads them."""
+    """A file of ADM's authors (github.com/openai/guided-diffusion). The three output channels that predict a variance
+    are left out: no sampler here reads them."""
     if "out.2.weight" not in weights or "output_blocks.0.0.in_layers.0.weight" not in weights:
         raise ValueError("it is a classifier of ADM, which has no decoder")
     channels = weights["input_blocks.0.0.weight"].shape[1]
@@ -376,25 +377,17 @@ def read_adm(weights):
     classes = len(weights["label_emb.weight"]) if "label_emb.weight" in weights else 0
     arguments = dict(img_size=known["img_size"], dim=dim, dim_mults=list(mults), num_blocks=n - 1,
                      attn_sizes=[32, 16, 8], num_classes=classes)
-    theirs = {".input_blocks.": ".encoder.", ".middle_block.": ".middle.", ".output_blocks.": ".decoder.",
-              ".in_layers.0.": ".norm1.", ".in_layers.2.": ".conv1.", ".emb_layers.1.": ".emb.",
-              ".out_layers.0.": ".norm2.", ".out_layers.3.": ".conv2.", ".skip_connection.": ".skip.",
-              ".proj_out.": ".proj.", ".label_emb.": ".class_embed.", ".out.0.": ".norm.", ".out.2.": ".head."}
-    ours = {}
-    for name, p in weights.items():
-        name = "." + name                                               # so that ".out.0." is found at its start alone
-        for old, new in theirs.items():
-            name = name.replace(old, new)
-        name = name[1:]
+    ours = renamed(weights, {
+        "input_blocks.": "encoder.", "middle_block.": "middle.", "output_blocks.": "decoder.", "in_layers.0.": "norm1.",
+        "in_layers.2.": "conv1.", "emb_layers.1.": "emb.", "out_layers.0.": "norm2.", "out_layers.3.": "conv2.",
+        "skip_connection.": "skip.", "proj_out.": "proj.", "label_emb.": "class_embed.", "out.0.": "norm.",
+        "out.2.": "head."})
+    for name, p in ours.items():
         if ".qkv." in name and known["legacy"]:
             p = p.unflatten(0, (-1, 3, 64)).transpose(0, 1).flatten(0, 2)
         if name.endswith((".qkv.weight", ".proj.weight")):
             p = p[..., None]                                            # 1-D convolutions there, 2-D ones here
-        if name.startswith("head."):
-            p = p[:3]
-        if name == "class_embed.weight":
-            p = F.pad(p, (0, 0, 0, 1))                                  # one more row: the null class
-        ours[name] = p
+        ours[name] = p[:3] if name.startswith("head.") else p
     facts = dict(schedule=known["schedule"], prediction="eps", clock="adm")
     return arguments, exactly(UNet, arguments, ours), facts
 
@@ -408,16 +401,17 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
 
 # ---- the command --------------------------------------------------------------------------------------
 
-SHEET = 1024                                                            # more pictures would be none to look at
+SHEET = 1024                                                            # pictures; nobody can look at a larger one
 
 
-def sheet_of(pictures, args, labels):
-    """One PIL picture: a row for each guidance scale, else about a square, or a column for each prompt; labels (n,)."""
-    scales, columns = args.cfg, min(16, max(1, round(len(pictures) ** 0.5)))
+def sheet_of(pictures, args, labels, each):
+    """One PIL picture: a row for each guidance scale, else about a square, or a column for each of so many prompts;
+    labels (n,), or None."""
+    scales, columns = args.cfg, min(16, round(len(pictures) ** 0.5))
     if len(scales) > 1:
-        columns, labels = args.n, [f"{scale:g}: {label}" for scale in scales for label in labels or [""] * args.n]
-    elif args.prompt and 1 < len(set(labels)) <= 16:
-        columns = len(set(labels))
+        columns, labels = args.n, [f"{scale:g}: {label}" for scale in scales for label in labels]
+    elif 1 < each <= 16:
+        columns = each
     pictures = pictures[:SHEET]
     if labels:
         pictures = np.stack([data.captioned(picture, label, lines=3) for picture, label in zip(pictures, labels)])
@@ -474,6 +468,7 @@ def main():
 
     # what is to be seen: image i shows prompt, or class, i mod their number
     prompts, kinds, size = prompts_of(args, config), None, config["info"]["size"]
+    each = len(prompts) if args.prompt else 1                           # pictures in a round of what was asked for
     if args.n is None:
         args.n = 8 if len(args.cfg) > 1 else 64
         if args.prompt:
@@ -493,23 +488,24 @@ def main():
         prompts, wanted = [prompts[i] for i in which], [rows[i] for i in which]
         if args.score:
             data.score_captions([], prompts)                            # can they be scored?
-    out = Path(args.out)
+    out, folder = Path(args.out), Path(args.out).suffix != ".png"
     try:                                                                # now, not after an hour of drawing
-        (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
+        (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
         Path(args.npz or ".").parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".png" and out.is_dir() or args.npz and Path(args.npz).is_dir():
+        if not folder and out.is_dir() or args.npz and Path(args.npz).is_dir():
             fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
         if args.npz and Path(args.npz).absolute() == out.absolute():
             fail("--npz would overwrite --out: choose another name for one of them")
         asked, record = what_decides(path, args, prompts), out / ".asked.json"
-        if out.suffix != ".png" and any(out.iterdir()) and not (record.is_file() and record.read_bytes() == asked):
+        if folder and any(path != record for path in out.iterdir()) and not (
+                record.is_file() and record.read_bytes() == asked):
             fail(f"the folder {out} is not empty, and not of this very command: choose another --out, so that nothing "
                  "is overwritten")
     except OSError as e:
         fail(f"cannot write there: {e}")
     if world > 1:
         dist.barrier()                                                  # all have looked, before one writes
-    if rank == 0 and out.suffix != ".png":
+    if rank == 0 and folder:
         data.write_file(record, lambda f: f.write(asked))
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
@@ -518,7 +514,7 @@ def main():
     with diffusion.autocast(device, args.dtype):
         for scale, first in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             ids = range(first, min(first + args.batch, args.n))
-            if out.suffix != ".png" and all(file_of(out, i).exists() for i in ids):
+            if folder and all(file_of(out, i).exists() for i in ids):
                 continue                                                # drawn before the command was stopped
             clip = args.clip or ("dynamic" if prompts and scale > 2 and config["clip"] == "static" else config["clip"])
             how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale, clip=clip)
@@ -529,11 +525,11 @@ def main():
                 with looking as maps:
                     drawn[scale, first] = draw(model, how, wanted[first:ids.stop], ids, device)
             except torch.OutOfMemoryError:
-                raise data.DamagedError(f"out of memory: use a smaller --batch (now {args.batch})")
+                raise data.LocalError(f"out of memory: use a smaller --batch (now {args.batch})")
             if args.attend:                                             # beside each picture where it was looked
                 shown = highlight(drawn[scale, first], maps)
                 drawn[scale, first] = np.concatenate([drawn[scale, first], shown], axis=3)
-            if out.suffix != ".png":                                    # kept there, and not in memory
+            if folder:                                                  # kept there, and not in memory
                 for i, picture in zip(ids, drawn.pop((scale, first))):
                     part = out / f"{i:06d}.part"
                     Image.fromarray(picture.transpose(1, 2, 0)).save(part, "png")
@@ -545,15 +541,13 @@ def main():
         if rank > 0:
             return
         drawn = {block: pictures for part in parts for block, pictures in part.items()}
-    if out.suffix == ".png":
+    if not folder:
         pictures = np.concatenate([drawn[block] for block in blocks])   # (scales * n, 3, S, S); --attend: 2 S wide
+        names = [config["info"]["classes"][c] for c in y] if y is not None and len(args.cfg) > 1 else None
+        sheet = sheet_of(pictures, args, prompts or names, each)
+        data.write_file(out, lambda f: sheet.save(f, "png"))
     elif args.npz or args.score:
         pictures = np.stack([np.asarray(Image.open(file_of(out, i))).transpose(2, 0, 1) for i in range(args.n)])
-
-    if out.suffix == ".png":
-        names = [config["info"]["classes"][c] for c in y] if y is not None and len(args.cfg) > 1 else None
-        sheet = sheet_of(pictures, args, prompts or names)
-        data.write_file(out, lambda f: sheet.save(f, "png"))
     if args.npz:
         shown = dict(arr_1=np.array(prompts)) if prompts else {} if y is None else dict(arr_1=y.numpy())
         data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **shown))

@@ -460,7 +460,8 @@ REFUSED = {
     "it holds a DiT": lambda: {"x_embedder.proj.weight": torch.zeros(3), "pos_embed": torch.zeros(3)},
     "it holds entries like module.pos_embed": lambda: {f"module.{name}": p for name, p in meta(uvit_file).items()},
     "it holds another program's checkpoint": lambda: dict(state_dict=meta(uvit_file), epoch=3),
-    "it is damaged": lambda: change(meta(uvit_file), pos_embed=3)}
+    "it is damaged": lambda: change(meta(uvit_file), pos_embed=3),
+    "it is damaged: TypeError": lambda: change(meta(uvit_file), label_emb__weight=3)}
 
 
 @pytest.mark.parametrize("says", REFUSED)

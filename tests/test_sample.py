@@ -93,6 +93,16 @@ def test_the_same_command_goes_on_with_a_folder_and_draws_only_what_is_missing(d
         drawn("--batch", 2, "--out", "pictures", "--seed", 1)
 
 
+def test_a_folder_in_which_nothing_was_drawn_takes_another_command(drawn, monkeypatch):
+    def too_late(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(diffusion, "sample", too_late)
+        drawn("--out", "pictures")
+    assert len(drawn("--batch", 2, "--out", "pictures")[0]) == 6
+
+
 def test_the_npz_holds_pictures_and_the_classes_asked_for(drawn):
     pictures, classes = drawn("--n", 27)
     assert pictures.shape == (27, 32, 32, 3) and pictures.dtype == np.uint8

@@ -525,6 +525,13 @@ def test_a_limit_indexes_the_first_and_a_lost_shard_is_an_error(published, tmp_p
         few.take(np.array([3]))
 
 
+def test_a_picture_beside_shards_that_are_asked_for_is_none_of_theirs(published, tmp_path):
+    src = published(shards, spoil=False)
+    (src / "logo.png").write_bytes(encoded(target((64, 64), (0, 0, 64, 64)), "png"))
+    assert len(opened("cc12m64", src, tmp_path)) > 1
+    assert len(opened("mine", src, tmp_path)) == 1, "of a set of one's own pictures come first"
+
+
 def test_shards_without_a_picture_are_refused(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src/0.tar").write_bytes(b"nothing" * 1000)
@@ -538,8 +545,10 @@ def test_an_lmdb_stays_in_place_without_its_broken_pictures(published, tmp_path)
 
 
 def test_keys_of_an_lmdb_may_be_binary_numbers(published, tmp_path):
-    src = published(lsun, key=lambda i: (i << 24).to_bytes(4, "little"))
-    assert len(opened("mine", src, tmp_path)) == len(opened("bedroom256", src, tmp_path).take(np.arange(6))[0]) == 6
+    src = published(lsun, key=lambda i: bytes([0, 255, i, 0]), spoil=[5])
+    assert len(opened("mine", src, tmp_path)) == 5
+    assert opened("bedroom256", src, tmp_path).take(np.arange(6))[1].tolist() == [0, 1, 2, 3, 4, 0]
+    assert "\\udcff" in (tmp_path / "bedroom256/skipped.txt").read_text()
 
 
 def test_without_lmdb_one_line_says_how_to_get_it(tmp_path, monkeypatch):

@@ -354,6 +354,12 @@ def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
     sys.argv += ["--n", "342"]
     with pytest.raises(data.UserError, match="a sheet holds 1,024 pictures, and 3 rows of 342 are more"):
         sample.main()
+
+
+def test_prompts_are_columns_of_a_sheet_also_if_some_are_the_same(drawn, monkeypatch):
+    monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ckpt.pt --n 6 --prompt red red blue --device cpu".split())
+    sample.main()
+    assert sample.Image.open("samples.png").width == 6 + 3 * (128 + 6)
     for flags, says in ((["--cfg", "1,2"], "there is no --npz"), (["--cfg", "1,x"], "takes a float, or several")):
         with pytest.raises(data.UserError, match=says):
             drawn(*flags)
