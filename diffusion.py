@@ -106,7 +106,7 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
     The n are not drawn one by one, but evenly spaced from a random start: losses differ so much over t that covering it
     evenly in every batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
-    return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # the log of odds p / (1 - p), scaled and moved
+    return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # spread and shift work on log-odds
 
 
 def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
@@ -196,8 +196,9 @@ def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x.
 
     First order, so its error falls only as 1 / steps: the score is held for the whole step, so beta must be small where
-    x is more than noise. On the linear schedule it is up to 0.64 in 20 steps, and 0.02 in the paper's 1000; the first
-    of the cosine one are near 1, and do no harm. Fresh noise has a use: it mends what the network did wrong before."""
+    x is more than noise. On the linear schedule it is up to 0.64 in 20 steps, and 0.02 in the paper's 1000; on the
+    cosine one it is near 1 in the first steps, where x is all noise, which does no harm. Fresh noise has a use: it
+    mends what the network did wrong before."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
@@ -277,8 +278,8 @@ def pick_device(name):
 
 
 def fast_bfloat16(device):
-    """Whether it multiplies bfloat16 faster than float32: NVIDIA's GPUs since Ampere do, and CPUs with AMX tiles, or
-    with AVX512-BF16 if they are AMD's (on Intel's, without AMX, it was the slower type)."""
+    """Whether the device multiplies bfloat16 faster than float32: NVIDIA's GPUs since Ampere do, and CPUs with AMX
+    tiles, or with AVX512-BF16 if they are AMD's (on Intel's, without AMX, it was the slower type)."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",

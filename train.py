@@ -80,7 +80,7 @@ class Config:
     clip: str = "static"            # none, static, dynamic
     # the run
     init_from: str = ""             # start from these weights: a checkpoint, or a file of U-ViT's or ADM's authors
-    out: str = ""                   # default: runs/PRESET, or runs/MODEL-DATA where the preset was made for another set
+    out: str = ""                   # default: runs/PRESET, or runs/MODEL-DATA; with another condition than usual -COND
     data_dir: str = "datasets"
     seed: int = 0
     device: str = "auto"            # auto, cpu, cuda, mps
@@ -122,7 +122,7 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
-# noise, and a wider spread, as detail is learnt where there is little: shapes do without, and keep a grain.
+# noise, and a wider spread, as detail is learnt at low noise (which shapes hardly train, so they keep a grain).
 # Emoji have names, and a network that reads them draws faces in half the steps of one that does not.
 SMALL64 = dict(LAPTOP, data="emoji64", cond="text", cfg=2.0, time_shift=2.0, time_spread=0.8, steps=8000, lr=1e-3,
                samples=32, sample_every=1000, sampler="dpm", sample_steps=20)
@@ -284,8 +284,9 @@ def parse(argv):
     if config.drop == 0 and config.cond != "none" and config.cfg != 1:
         fail("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
     own = config.data == row["data"] and config.model == row["model"]
-    text = "-text" if config.cond == "text" and row.get("cond") != "text" else ""       # beside a run of the same set
-    config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{text}"
+    usual = row.get("cond", Config.cond) if own else "class" if classes else "none"
+    other = f"-{config.cond}" if config.cond != usual else ""               # beside a run of the same set
+    config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{other}"
     if not Path(config.out).name:
         fail(f"--out must name a folder of its own, not {config.out}")
 
@@ -311,7 +312,7 @@ def nearest_preset(asked):
     if fits:
         return next((p for p in fits if rows[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
     size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
-    return min(rows, key=lambda p: (abs(math.log(data.describe(rows[p]["data"], "")["size"] / size)),
+    return min(rows, key=lambda p: (abs(math.log(data.BUILT_IN[rows[p]["data"]]["size"] / size)),
                                     rows[p].get("cond") != "text" and asked.get("cond") == "text"))
 
 
@@ -398,7 +399,7 @@ def measure(config, info, tokens=data.MAX_TOKENS):
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
-BAD_STEPS = 100         # so many gradients in a row that are not finite, and a run stops
+BAD_STEPS = 100         # so many gradients in a row that are not finite, seen when it logs, and a run stops
 
 
 def checkpoint_blocks(net):
@@ -427,9 +428,13 @@ def learning_rate(config, step):
 
 
 def claim(out):
-    """An open file: as long as it is open, and this process lives, no other process can claim the folder. Two trainings
-    would overwrite each other's checkpoints."""
-    f = open(Path(out) / ".lock", "a")
+    """Make the run's folder if it is not there -> an open file: as long as it is open, and this process lives, no other
+    process can claim the folder. Two trainings would overwrite each other's checkpoints."""
+    try:
+        Path(out, "samples").mkdir(parents=True, exist_ok=True)
+        f = open(Path(out, ".lock"), "a")
+    except OSError as e:
+        fail(f"cannot make --out {out}: {e}")
     if not data.lock(f):
         fail(f"another training is writing to {out}: stop it, or choose another --out")
     return f
@@ -448,37 +453,27 @@ def move_aside(out):
 def open_run(config, info):
     """The checkpoint in the run's folder, or None for a new run. A folder that holds another run is refused with the
     difference shown."""
-    out, ckpt, old = Path(config.out), None, None
+    out, ckpt = Path(config.out), None
     if (out / "ckpt.pt").exists():
         ckpt = data.read_checkpoint(out / "ckpt.pt")
         old = ckpt["config"]
-    elif (out / "config.json").exists():                                    # stopped before it saved, or no run at all
+    elif (out / "config.json").exists():                            # stopped before it saved, or no run at all
         try:
             old = json.loads((out / "config.json").read_bytes())
         except ValueError:
-            old = "not a run's"
-    if old is not None:
-        if not isinstance(old, dict) or not isinstance(old.get("info"), dict):
-            fail(f"the config of {out} is not that of a run: choose another --out")
-        old = {**dataclasses.asdict(Config()), **old, **old["info"]}        # facts of the set beside the fields
-        asked = {"captioned": None, **dataclasses.asdict(config), **info}
-        asked = json.loads(json.dumps(asked))                               # in JSON, tuples are lists
-        changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
-                   if k not in FREE and old.get(k) != v]
-        if changed:
-            fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
+            old = None
+    else:
+        return None
+    if not isinstance(old, dict) or not isinstance(old.get("info"), dict):
+        fail(f"the config of {out} is not that of a run: choose another --out")
+    old = {**dataclasses.asdict(Config()), **old, **old["info"]}    # facts of the set beside the fields
+    asked = {"captioned": None, **dataclasses.asdict(config), **info}
+    asked = json.loads(json.dumps(asked))                           # in JSON, tuples are lists
+    changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
+               if k not in FREE and old.get(k) != v]
+    if changed:
+        fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
     return ckpt
-
-
-def make_folder(out):
-    """Make the run's folder if it is not there, and claim it."""
-    if out.exists() and not out.is_dir():
-        fail(f"--out {out} is a file, not a folder")
-    try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        fail(f"cannot make --out {out}: {e}")
-    return claim(out)
 
 
 def keep_log(path, step):
@@ -486,7 +481,8 @@ def keep_log(path, step):
     if path.exists():
         head, *rows = path.read_text(errors="replace").splitlines() or [""]
         kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
-        data.write_file(path, lambda f: f.write("".join(line + "\n" for line in [head, *kept]).encode()))
+        lines = [head, *kept] if kept else []           # an empty file gets its head with the first row
+        data.write_file(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
 
 
 def grid_text(pictures, features, n):
@@ -498,37 +494,20 @@ def grid_text(pictures, features, n):
                 rows=[torch.from_numpy(features.row(i)) for i in chosen])
 
 
-@torch.no_grad()
-def draw_samples(net, config, info, text, device, rank, world, block):
-    """Pictures from the same noise and the same classes or captions every time, uint8 (config.samples, 3, S, S). Each
-    process draws its share, `block` at a time, which fits wherever a training step does."""
-    record, drawn = dict(config.record(info), text=text), {}
-    mine = range(rank, config.samples, world)
-    for ids in (mine[first:first + block] for first in range(0, len(mine), block)):
-        asked = [text["rows"][i] for i in ids] if text else torch.tensor(ids) % max(1, len(info["classes"]))
-        drawn.update(zip(ids, sample.draw(net, record, asked, ids, device)))
-    parts = [drawn]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, drawn)
-    drawn = {i: picture for part in parts for i, picture in part.items()}
-    return np.stack([drawn[i] for i in range(config.samples)])
-
-
-def draw_progress(folder, size, rows=12):
-    """progress.png: the first row of each sample grid, early training above late."""
-    files = sorted(folder.glob("step_*.png"))
-    files = [files[round(i * (len(files) - 1) / max(1, rows - 1))] for i in range(rows)] if len(files) > rows else files
-    strips = []
-    for file in files:
+def draw_progress(folder, size):
+    """progress.png: the first row of each sample grid, of at most twelve, early training above late."""
+    files, strips = sorted(folder.glob("step_*.png")), []
+    for i in np.unique(np.linspace(0, len(files) - 1, 12).round().astype(int)):
         try:
-            sheet = Image.open(file)
+            sheet = Image.open(files[i])
             strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
-        except OSError:                                 # damaged: the run is worth more than one of its strips
+        except (OSError, SyntaxError):                  # damaged: the run is worth more than one of its strips
             continue
-    sheet = Image.new("RGB", (strips[0].width, sum(s.height for s in strips)))
-    for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * strip.height))
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    y = 0
+    for strip in strips:
+        sheet.paste(strip, (0, y))
+        y += strip.height
     data.write_file(folder / "progress.png", lambda f: sheet.save(f, "png"))
 
 
@@ -551,8 +530,8 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 
 def outlive_first_stop(_):
-    """A process that reads ahead outlives the first of each signal, which all processes of a run get: the training that
-    asks it for batches is yet to save, and would not if it were gone."""
+    """Ctrl-C and torchrun's SIGTERM reach the processes that read ahead, too. They ignore the first, since the step
+    that training finishes may still need their batch."""
     for sig in STOPS:
         signal.signal(sig, lambda sig, _: signal.signal(sig, signal.SIG_DFL))
 
@@ -566,7 +545,8 @@ def main():
         preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
         if config.net["text_dim"] not in (width, preset):
             fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
-                 "wide: leave it out")
+                 "wide: leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from
+                                         else ""))
         config.net["text_dim"] = width
     n_params, flops = measure(config, info)
     if dry_run:
@@ -584,7 +564,7 @@ def main():
     store = join(config, device) if world > 1 else None
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
-    torch.backends.cudnn.benchmark = True                           # shapes never change
+    torch.backends.cudnn.benchmark = True                           # convolutions see few shapes
     precision = diffusion.autocast(device, config.dtype)
 
     # data: rank 0 prepares a built-in set on first use, which may be a long download, and the others wait
@@ -597,6 +577,7 @@ def main():
             data.encode_set(data.open_set(source, config.data_dir), data.Words())
         if fresh:
             move_aside(out)
+        lock = claim(out) if Path(out, ".lock").exists() else None  # before any process reads its checkpoint
         if store:
             store.set("ready", "yes")
     else:
@@ -643,9 +624,11 @@ def main():
         if main_rank:
             print(f"{out} is finished at step {start}: look at {out / 'samples'}, draw more with "
                   f"`python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps")
-        return dist.destroy_process_group() if world > 1 else None
+        if world > 1:
+            dist.destroy_process_group()
+        return
     if main_rank:
-        lock = make_folder(out)                                     # held to the end of this function
+        lock = lock or claim(out)                                   # held to the end of this function
         print(f"training {config.model} ({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
               f"{len(pictures):,} pictures of {config.data}, {info['size']}x{info['size']}; "
               "the CIFAR-10 run of this model: "
@@ -663,7 +646,7 @@ def main():
         model = torch.compile(model)
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False                             # constants, equal on all ranks
+        model.broadcast_buffers = False                             # constants; to say so above is deprecated
 
     # Ctrl-C, SIGTERM, a closed terminal: finish the step, save, leave; a second one kills
     stops = []                                                      # no tensor: torch.compile may be tracing just then
@@ -678,16 +661,15 @@ def main():
 
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
-    # what this loader calls a sample is a whole batch, number `step`, so it can begin anywhere; it is given a generator
-    # to leave the global one alone
+    # what this loader calls a sample is a whole batch, number `step`, so it can begin anywhere
     whole = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features)
     data.permutation(config.seed, start * config.batch // whole.n, whole.n)     # made here, for forked workers to share
     batches = iter(torch.utils.data.DataLoader(
         whole, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
-        worker_init_fn=outlive_first_stop, pin_memory=device.type == "cuda", generator=torch.Generator()))
+        worker_init_fn=outlive_first_stop, pin_memory=device.type == "cuda"))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: without a good one
+    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: the last so many
     logged = saved = start                                          # steps
     began, since = time.time() - seconds, time.time()               # since: last logged, later by what was no training
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
@@ -716,15 +698,24 @@ def main():
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
 
     def draw(step):
-        """A grid of samples, and progress.png of all grids so far."""
-        with precision:
-            pictures = draw_samples(ema, config, info, text, device, rank, world, micro)
+        """A grid of samples, from the same noise and the same classes or captions every time, and progress.png of all
+        grids so far. Each process draws its share, as many at a time as it trains on."""
+        record, drawn, mine = dict(config.record(info), text=text), {}, range(rank, config.samples, world)
+        for ids in (mine[first:first + micro] for first in range(0, len(mine), micro)):
+            asked = [text["rows"][i] for i in ids] if text else torch.tensor(ids) % max(1, len(info["classes"]))
+            with precision:
+                drawn.update(zip(ids, sample.draw(ema, record, asked, ids, device)))
+        parts = [drawn]
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, drawn)
         if main_rank:
-            sheet = data.grid(pictures, columns=8)
+            drawn = {i: picture for part in parts for i, picture in part.items()}
+            sheet = data.grid(np.stack([drawn[i] for i in range(config.samples)]), columns=8)
             data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
             draw_progress(out / "samples", info["size"])
 
-    def explain(kind, e, trace):                                    # of an unexpected error the last line says where
+    def explain(kind, e, trace):                                    # the last line of an unexpected error says where
         if issubclass(kind, torch.OutOfMemoryError):
             print(f"out of memory with {micro} pictures at a time: use a larger --accum (now {config.accum}), "
                   f"--grad-ckpt, or a smaller --batch (now {config.batch})", file=sys.stderr)
@@ -767,8 +758,8 @@ def main():
         if config.cond == "none":
             cond = []
         elif config.cond == "text":
-            cond[0] = cond[0].float()                                                   # (b, L, d); cond[1] is the mask
-        cond = data.drop(cond, null, dropped)                                        # for guidance
+            cond[0] = cond[0].float()                                                    # (b, L, d); cond[1]: mask
+        cond = data.drop(cond, null, dropped)                                            # for guidance
 
         for group in opt.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -799,8 +790,8 @@ def main():
         end, hint = ("finished", "") if step == config.steps else ("stopped", "; the same command resumes")
         print(f"{end} at step {step}, {(time.time() - began) / 60:.1f} minutes in all: look at {out / 'samples'}{hint}")
     if world > 1:
-        del model                                                   # before the group that it holds: freed by DDP, with
-        dist.destroy_process_group()                                # Python's lock held, it may wait for gloo's thread
+        del model                                                   # first, as DDP holds the group too: freed last by
+        dist.destroy_process_group()                                # it, with Python's lock held, it may wait for ever
 
 
 if __name__ == "__main__":

@@ -267,6 +267,9 @@ def test_rows_of_the_log_beyond_the_checkpoint_are_dropped(trained):
     trained("--steps", 4)
     assert column("step") == [1, 2, 3, 4] and 9 not in column("loss")
     assert b"\r" not in Path("run/log.csv").read_bytes(), "lines end in two ways"
+    Path("run/log.csv").write_text("")                                          # the disk was full when it was begun
+    trained("--steps", 5)
+    assert column("step") == [5]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(trained, capsys):
@@ -306,7 +309,7 @@ def test_fresh_moves_the_old_run_aside_whole(trained):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
-def test_two_trainings_in_one_folder_are_one_too_many_until_the_first_is_killed(trained):
+def test_two_trainings_in_one_folder_are_one_too_many_until_the_first_is_killed(trained, monkeypatch):
     trained()
     before = contents()
     code = "import train; lock = train.claim('run'); print(flush=True); input()"
@@ -314,7 +317,8 @@ def test_two_trainings_in_one_folder_are_one_too_many_until_the_first_is_killed(
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()                            # it has the lock
     for flags in (["--steps", 3], ["--fresh"]):
-        with pytest.raises(data.UserError, match="another training is writing to run"):
+        with monkeypatch.context() as m, pytest.raises(data.UserError, match="another training is writing to run"):
+            m.setattr(data, "read_checkpoint", lambda path: pytest.fail("read before the first is known to be done"))
             trained(*flags)
         assert contents() == before and not Path("run-old1").exists()
     holder.kill()
@@ -390,6 +394,14 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(trained):
     assert json.loads(Path("run/config.json").read_text()) == ckpt["config"]
     sheet, progress = (Image.open(f"run/samples/{name}.png") for name in ("step_0000004", "progress"))
     assert (sheet.size, progress.size) == ((138, 36), (138, 2 * 34))            # one row of four, and two such rows
+
+
+def test_a_damaged_sheet_is_left_out_of_the_progress_and_a_wider_one_is_whole(trained):
+    trained("--steps", 4, "--sample-every", 2)
+    sheet = Path("run/samples/step_0000002.png")
+    sheet.write_bytes(sheet.read_bytes()[:len(sheet.read_bytes()) // 2] + bytes(len(sheet.read_bytes()) // 2))
+    trained("--steps", 5, "--samples", 6)
+    assert Image.open("run/samples/progress.png").size == (2 + 6 * 34, 2 * 34)
 
 
 def test_every_sheet_starts_from_the_same_noise_and_classes(trained):
@@ -511,6 +523,16 @@ def test_net_changes_the_arguments_it_names_and_keeps_the_others():
     ("--data emoji64 --model iuvit", "iuvit-emoji64"), ("--data shapes64", "unet-emoji64")])
 def test_without_preset_the_first_that_fits_or_that_of_the_nearest_size_is_taken(argv, preset):
     assert config(*argv.split()).preset == preset
+
+
+@pytest.mark.parametrize("argv, out", [
+    ("", "unet-shapes"), ("--cond class", "unet-shapes"), ("--cond none", "unet-shapes-none"),
+    ("--cond text", "unet-shapes-text"), ("--model ascend --cond text", "ascend-shapes-text"),
+    ("--data shapes64", "unet-shapes64"), ("--data shapes64 --cond text", "unet-shapes64-text"),
+    ("--data emoji64", "unet-emoji64"), ("--data emoji64 --cond none", "unet-emoji64-none"),
+    ("--data cifar10 --cond class", "unet-cifar10-class")])
+def test_runs_under_other_conditions_lie_beside_each_other(argv, out):
+    assert config(*argv.split()).out == f"runs/{out}"
 
 
 def weights(out):
