@@ -138,7 +138,7 @@ VIT64 = dict(patch_size=4, dim=256, depth=9, heads=4, text_dim=256)
 PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(PYRAMID, resample="conv")),
     "uvit-shapes":    dict(LAPTOP, model="uvit", net=VIT, steps=12_000, sample_every=3000),
-    "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=VIT, steps=9000, sample_every=2250),
+    "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=VIT, steps=8000, sample_every=2000),
     # time_shift: eps at 1.6 left backgrounds with a tint, which only high noise decides
     "ascend-shapes":  dict(LAPTOP, model="ascend", net=PYRAMID, prediction="eps", time_shift=2.2, steps=4500,
                            sample_every=1125),
