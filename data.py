@@ -1634,12 +1634,15 @@ def encode_part(folder, captions, numbers, encoder):
     with open(paths[0], "a+b") as tokens, open(paths[1], "a+b") as chunks:
         chunks.seek(0)
         first, *lines = chunks.readlines() or [b""]
-        done = [json.loads(line) for line in lines if line.endswith(b"\n")] if first == name else []
-        done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
-        of, sizes = ([n for chunk in done for n in chunk[i]] for i in range(2))
-        T = sum(sizes)
-        start = len(header.getvalue()) + 2 * encoder.width * T
-        if done and os.path.getsize(paths[0]) < start:  # the machine went down, not the program
+        try:
+            done = [json.loads(line) for line in lines if line.endswith(b"\n")] if first == name else []
+            done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
+            of, sizes = ([n for chunk in done for n in chunk[i]] for i in range(2))
+            T = sum(sizes)
+            start = len(header.getvalue()) + 2 * encoder.width * T
+            if done and os.path.getsize(paths[0]) < start:
+                raise ValueError("tokens are missing")
+        except (ValueError, TypeError, LookupError):    # the machine went down, not the program
             raise LocalError(f"{folder} is damaged: rm -r {folder}, and encode again")
         tokens.truncate(start if done else 0)
         chunks.truncate(sum(map(len, [name, *lines[:len(done)]])) if done else 0)

@@ -174,6 +174,14 @@ def test_encoding_that_is_killed_at_its_end_does_no_caption_again(captions, tmp_
     assert part() == [] and (tmp_path / "part/tokens.npy").exists()
 
 
+@pytest.mark.parametrize("line", [b"[[1], [2]]\n", b"[[1]]\n", b"7\n", b"\0\0\n"])
+def test_an_encode_that_a_crash_of_the_machine_has_damaged_says_so(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(data, "CHUNK", 1)
+    (tmp_path / "chunks.part").write_bytes(b"words\n" + line)           # the first knows of tokens that are not there
+    with pytest.raises(data.LocalError, match="is damaged: rm -r"):
+        list(data.encode_part(tmp_path, [["one"], ["two"]], range(2), data.Words()))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
 @pytest.mark.parametrize("argv, place", [(["prepare", "shapes-text", "--limit", "9"], "shapes-text"),
                                          (["encode", "mine", "--encoder", "words"], "mine/text/words")])
