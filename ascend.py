@@ -28,7 +28,7 @@ def timestep_embedding(t, dim):
     """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
 
     The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
-    frequencies 1 .. 1e-4 were chosen. It is applied here and nowhere else."""
+    frequencies 1 .. 1e-4 (exclusive) were chosen. It is applied here and nowhere else."""
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000 * t.float()[:, None] * freqs
@@ -36,22 +36,22 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(module):
-    """Start the last layer of a branch at zero: a residual block begins as the identity, an output as 0."""
+    """Start the last layer of a branch at zero: a residual block begins as its shortcut, an output as 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def masked_mean(tokens, mask):
-    """The mean of the real tokens: (B, L, D), (B, L) bool -> (B, D)."""
+    """The mean of the real tokens, 0 if there are none: (B, L, D), (B, L) bool -> (B, D)."""
     weight = mask[:, :, None].to(tokens.dtype)
     return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 def relative_index(w):
     """(w*w, w*w) int64: for a query and a key in one window, which of the (2w-1)^2 relative positions they have."""
-    y, x = torch.meshgrid(torch.arange(w), torch.arange(w), indexing="ij")
-    dy, dx = (p.flatten()[:, None] - p.flatten()[None, :] + w - 1 for p in (y, x))
+    y, x = torch.arange(w * w) // w, torch.arange(w * w) % w            # row and column of a position
+    dy, dx = y[:, None] - y + w - 1, x[:, None] - x + w - 1             # query minus key, from 0 to 2w - 2
     return dy * (2 * w - 1) + dx
 
 
@@ -61,7 +61,7 @@ def shift_mask(size, w, shift):
     # Along one axis, after rolling by -shift, what came from the start of the map is at its end. Only the last window
     # holds both kinds.
     wrapped = torch.arange(size) >= size - shift
-    part = rearrange(2 * wrapped[:, None] + 1 * wrapped, "(a w) (b v) -> (a b) (w v)", w=w, v=w)
+    part = rearrange(2 * wrapped[:, None] + 1 * wrapped, "(a i) (b j) -> (a b) (i j)", i=w, j=w)
     same = part[:, :, None] == part[:, None, :]
     return torch.zeros(same.shape).masked_fill(~same, -math.inf)
 
@@ -72,10 +72,11 @@ def attend(q, k, v, mask=None):
 
     PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns, and without a mask in
     bfloat16 their gradient takes two to four times as long as that of the formula."""
-    slow = q.dtype == torch.bfloat16 if mask is None else mask.requires_grad
-    if not (slow and q.is_cpu and q.requires_grad):
+    bias_learns = mask is not None and mask.requires_grad
+    slow = bias_learns or mask is None and q.dtype == torch.bfloat16
+    if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)                # (B, heads, N, M)
+    scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
 
@@ -99,27 +100,28 @@ class WindowAttention(nn.Module):
     def forward(self, x):                                               # (B, H, W, C)
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
-        q, k, v = rearrange(self.qkv(x), "B (a w) (b v) (K heads d) -> K B (a b heads) (w v) d",
-                            K=3, w=self.w, v=self.w, heads=self.heads)
+        q, k, v = rearrange(self.qkv(x), "B (a i) (b j) (K heads d) -> K B (a b heads) (i j) d",
+                            K=3, i=self.w, j=self.w, heads=self.heads)
         bias = self.bias[self.index].permute(2, 0, 1)[None]             # (1, heads, w*w, w*w)
         bias = bias.expand(self.side**2, -1, -1, -1) if self.mask is None else bias + self.mask[:, None]
         x = attend(q, k, v, bias.flatten(0, 1).to(q.dtype))
-        x = rearrange(x, "B (a b heads) (w v) d -> B (a w) (b v) (heads d)",
-                      a=self.side, b=self.side, w=self.w, heads=self.heads)
+        x = rearrange(x, "B (a b heads) (i j) d -> B (a i) (b j) (heads d)",
+                      a=self.side, b=self.side, i=self.w, heads=self.heads)
         x = self.proj(x)
         return x.roll((self.shift, self.shift), dims=(1, 2)) if self.shift else x
 
 
 class GroupNorm(nn.GroupNorm):
     """At most ADM's 32 groups, each of at least 4 channels: a norm of one channel would erase its mean. Computed in
-    float32, as CUDA's autocast does by itself; on CPUs the bfloat16 kernel would take three times as long."""
+    its weights' float32 also under autocast, as CUDA's does by itself: a CPU's bfloat16 kernel takes three times as
+    long."""
 
     def __init__(self, channels):
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
         super().__init__(groups, channels)
 
     def forward(self, x):
-        return super().forward(x.float())
+        return super().forward(x.to(self.weight.dtype))
 
 
 class Timed(nn.Module):
@@ -128,7 +130,7 @@ class Timed(nn.Module):
 
 class SwinLayer(Timed):
     """Pre-norm Transformer layer on a map, attention in windows. Time enters as scale and shift of both norms
-    (adaptive layer norm; assumed, the paper does not say how)."""
+    (adaptive layer norm; assumed, the paper does not say how). Its branches start as Swin's own, not at zero."""
 
     def __init__(self, dim, head_dim, size, window, shift, emb_dim, dropout):
         super().__init__()
@@ -246,7 +248,7 @@ class TextAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """DDPM's down-sampling: a 3x3 convolution of stride 2."""
+    """DDPM's down-sampling, a 3x3 convolution of stride 2, padded as ADM's code does it."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, stride=2, padding=1)
@@ -360,7 +362,7 @@ class ASCEND(nn.Module):
             return attention(channels) if size in attn_sizes else []
 
         # embeddings
-        self.dim = dim
+        self.dim, self.img_size = dim, img_size
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # LN assumed
         self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False)) \
@@ -399,23 +401,25 @@ class ASCEND(nn.Module):
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
     def forward(self, x, t, y=None, mask=None):
-        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
-        y: None, (B,) int64 class, or (B, L, text_dim) features of a text, of which the tokens where
+        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
         mask (B, L) bool is False are padding (no mask: none is)."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
-        emb, text = self.time_embed(timestep_embedding(t, self.dim)), ()    # (B, E)
+        assert x.shape[2:] == (self.img_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
+        time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, dim)
+        emb, text = self.time_embed(time), ()                           # (B, E)
         if self.class_embed is not None:
             emb = emb + self.class_embed(y)                             # (B, E)
         if self.text_embed is not None:
-            mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
+            mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # Adding text_pool is as if the last layer of time's MLP also read the text's mean: W a + V b = [W V] [a; b]
-            # (the norm, and which layer: assumed; by way of the first, the words for colours are learnt later).
+            # The paper concatenates text and time: the last layer of time's MLP reads both, W a + V b = [W V] [a; b]
+            # (assumed, as is the norm; by way of the first layer, the words for colours were learnt later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
-        h, skips = x, []                                                # (B, 3, H, W)
+        h, skips = x, []                                                # (B, channels, H, W)
         for layer in self.encoder:
             h = layer(h, emb, text)                                     # (B, mult * dim, H / 2^level, W / 2^level)
             skips.append(h)
@@ -424,13 +428,13 @@ class ASCEND(nn.Module):
             skip = skips.pop()                                          # in the ablation it is dropped
             h = layer(torch.cat([h, skip], dim=1) if self.use_skips else h, emb, text)  # back up, level by level
         assert not skips                                                # one decoder layer for each of the encoder
-        return self.head(F.silu(self.norm(h)))                          # (B, 3, H, W)
+        return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 
 
 if __name__ == "__main__":
     net = ASCEND()
     for name, module in net.named_modules():
-        if name.count(".") == 1 and name.split(".")[0] in ("encoder", "decoder"):
+        if name == "middle" or name.count(".") == 1 and name.split(".")[0] in ("encoder", "decoder"):
             module.register_forward_hook(lambda m, i, o, name=name: print(f"{name:12} {tuple(o.shape)}"))
     print("output      ", tuple(net(torch.randn(1, 3, 32, 32), torch.rand(1)).shape))
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters")

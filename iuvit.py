@@ -1,7 +1,8 @@
 """IU-ViT, the paper's improved U-ViT (arXiv 2212.13771, Sec. 4): a plain Vision Transformer with long skips.
 `diff uvit.py iuvit.py` lists the improvements, the paper's but for details marked (assumed):
 
-    1  a rearrange-first head                       head="linear" takes it back
+    1  a rearrange-first head, which starts at 0    head="linear" takes it back
+       (the start: assumed)
     2  a depth-wise convolution in the FFN          ffn="mlp" takes it back
     3  text has a cross-attention of its own,       text_attn="concat" has GLIDE's joint attention instead, with which
        instead of being in the sequence             the paper compares
@@ -32,7 +33,7 @@ def timestep_embedding(t, dim):
     """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
 
     The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
-    frequencies 1 .. 1e-4 were chosen. It is applied here and nowhere else."""
+    frequencies 1 .. 1e-4 (exclusive) were chosen. It is applied here and nowhere else."""
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000 * t.float()[:, None] * freqs
@@ -40,7 +41,7 @@ def timestep_embedding(t, dim):
 
 
 def masked_mean(tokens, mask):
-    """The mean of the real tokens: (B, L, D), (B, L) bool -> (B, D)."""
+    """The mean of the real tokens, 0 if there are none: (B, L, D), (B, L) bool -> (B, D)."""
     weight = mask[:, :, None].to(tokens.dtype)
     return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
@@ -51,10 +52,11 @@ def attend(q, k, v, mask=None):
 
     PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns, and without a mask in
     bfloat16 their gradient takes two to four times as long as that of the formula."""
-    slow = q.dtype == torch.bfloat16 if mask is None else mask.requires_grad
-    if not (slow and q.is_cpu and q.requires_grad):
+    bias_learns = mask is not None and mask.requires_grad
+    slow = bias_learns or mask is None and q.dtype == torch.bfloat16
+    if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)                # (B, heads, N, M)
+    scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
 
@@ -240,24 +242,26 @@ class IUViT(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, x, t, y=None, mask=None):
-        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
-        y: None, (B,) int64 class, or (B, L, text_dim) features of a text, of which the tokens where
+        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
         mask (B, L) bool is False are padding (no mask: none is)."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
+        assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
-        time, text = self.time_embed(timestep_embedding(t, self.dim)), ()   # (B, D)
+        time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
+        time, text = self.time_embed(time), ()                              # (B, D)
         if self.text_embed is not None:
-            mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
+            mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # Adding text_pool is as if the last layer of time's MLP also read the text's mean: W a + V b = [W V] [a; b]
-            # (the norm, and which layer: assumed; by way of the first, the words for colours are learnt later).
+            # The paper concatenates text and time: the last layer of time's MLP reads both, W a + V b = [W V] [a; b]
+            # (assumed, as is the norm; by way of the first layer, the words for colours were learnt later).
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
-        tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
+        tokens = [time[:, None]]                                            # (B, 1, D)
         if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
-        x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
+        x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
 
         skips = []
         for block in self.in_blocks:
@@ -268,7 +272,7 @@ class IUViT(nn.Module):
             x = block(x, text, skips.pop())                                 # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
-        # Linear-first leaves p*p*C = 12 of a token's D = 512 numbers before the convolution sees its neighbours: a
+        # Linear-first leaves 12 = p*p*C sums of a token's D = 512 numbers before the convolution sees its neighbours: a
         # pixel is made of 9 C = 27 numbers. Rearrange-first keeps them all, as D/p^2 = 128 channels: of 9 * 128 = 1152.
         x = self.to_pixels(x)                                               # (B, h*w, D); linear-first (B, h*w, p*p*C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)

@@ -101,7 +101,8 @@ class Config:
 CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
-# fields in which a resumed run may differ; all else is refused, by open_run
+# fields in which a resumed run may differ; all else is refused, by open_run. (accum, device, dtype, compile and
+# grad_ckpt change the last bits, steps the cool-down.)
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
         "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
 
@@ -175,7 +176,7 @@ PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
 SMALL = dict(beta2=0.999, warmup=2500)                                                  # U-ViT's on CIFAR-10
 WORKERS = dict(workers=8)                                                               # to decode pictures meanwhile
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
-TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # DDIM: paper
+TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # paper: DDIM alone
 ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
 DDIM64 = pyramid(128, [1, 2, 2, 2, 4], 2, [16], resample="conv")
 DDPM256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16], resample="conv", dropout=0.0)

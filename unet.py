@@ -23,7 +23,7 @@ def timestep_embedding(t, dim):
     """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
 
     The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
-    frequencies 1 .. 1e-4 were chosen. It is applied here and nowhere else."""
+    frequencies 1 .. 1e-4 (exclusive) were chosen. It is applied here and nowhere else."""
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000 * t.float()[:, None] * freqs
@@ -31,28 +31,29 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(module):
-    """Start the last layer of a branch at zero: a residual block begins as the identity, an output as 0."""
+    """Start the last layer of a branch at zero: a residual block begins as its shortcut, an output as 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def masked_mean(tokens, mask):
-    """The mean of the real tokens: (B, L, D), (B, L) bool -> (B, D)."""
+    """The mean of the real tokens, 0 if there are none: (B, L, D), (B, L) bool -> (B, D)."""
     weight = mask[:, :, None].to(tokens.dtype)
     return (tokens * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
 class GroupNorm(nn.GroupNorm):
     """At most ADM's 32 groups, each of at least 4 channels: a norm of one channel would erase its mean. Computed in
-    float32, as CUDA's autocast does by itself; on CPUs the bfloat16 kernel would take three times as long."""
+    its weights' float32 also under autocast, as CUDA's does by itself: a CPU's bfloat16 kernel takes three times as
+    long."""
 
     def __init__(self, channels):
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
         super().__init__(groups, channels)
 
     def forward(self, x):
-        return super().forward(x.float())
+        return super().forward(x.to(self.weight.dtype))
 
 
 class Timed(nn.Module):
@@ -91,10 +92,11 @@ def attend(q, k, v, mask=None):
 
     PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns, and without a mask in
     bfloat16 their gradient takes two to four times as long as that of the formula."""
-    slow = q.dtype == torch.bfloat16 if mask is None else mask.requires_grad
-    if not (slow and q.is_cpu and q.requires_grad):
+    bias_learns = mask is not None and mask.requires_grad
+    slow = bias_learns or mask is None and q.dtype == torch.bfloat16
+    if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)                # (B, heads, N, M)
+    scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
 
@@ -151,7 +153,7 @@ class TextAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """DDPM's down-sampling: a 3x3 convolution of stride 2."""
+    """DDPM's down-sampling, a 3x3 convolution of stride 2, padded as ADM's code does it."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, stride=2, padding=1)
@@ -245,7 +247,8 @@ class UNet(nn.Module):
         # middle
         self.middle = Layer(res(C, C), *attention(C), res(C, C))
 
-        # decoder: one layer for each skip, whose width is read off the encoder
+        # decoder: one layer for each skip, whose width is read off the encoder. The last of a level takes the output of
+        # the down before it (at full size, of the first conv)
         skips = [layer.out_channels for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
@@ -262,23 +265,24 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
     def forward(self, x, t, y=None, mask=None):
-        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
-        y: None, (B,) int64 class, or (B, L, text_dim) features of a text, of which the tokens where
+        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
         mask (B, L) bool is False are padding (no mask: none is)."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
-        emb, text = self.time_embed(timestep_embedding(t, self.dim)), ()    # (B, E)
+        time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, dim)
+        emb, text = self.time_embed(time), ()                           # (B, E)
         if self.class_embed is not None:
             emb = emb + self.class_embed(y)                             # (B, E)
         if self.text_embed is not None:
-            mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
+            mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # Adding text_pool is as if the last layer of time's MLP also read the text's mean: W a + V b = [W V] [a; b]
-            # (the norm, and which layer: assumed; by way of the first, the words for colours are learnt later).
+            # The paper concatenates text and time: the last layer of time's MLP reads both, W a + V b = [W V] [a; b]
+            # (assumed, as is the norm; by way of the first layer, the words for colours were learnt later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
-        h, skips = x, []                                                # (B, 3, H, W)
+        h, skips = x, []                                                # (B, channels, H, W)
         for layer in self.encoder:
             h = layer(h, emb, text)                                     # (B, mult * dim, H / 2^level, W / 2^level)
             skips.append(h)
@@ -286,13 +290,13 @@ class UNet(nn.Module):
         for layer in self.decoder:
             h = layer(torch.cat([h, skips.pop()], dim=1), emb, text)    # back up, level by level
         assert not skips                                                # every skip was used, once
-        return self.head(F.silu(self.norm(h)))                          # (B, 3, H, W)
+        return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 
 
 if __name__ == "__main__":
     net = UNet()
     for name, module in net.named_modules():
-        if name.count(".") == 1 and name.split(".")[0] in ("encoder", "decoder"):
+        if name == "middle" or name.count(".") == 1 and name.split(".")[0] in ("encoder", "decoder"):
             module.register_forward_hook(lambda m, i, o, name=name: print(f"{name:12} {tuple(o.shape)}"))
     print("output      ", tuple(net(torch.randn(1, 3, 32, 32), torch.rand(1)).shape))
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters")

@@ -26,7 +26,7 @@ def timestep_embedding(t, dim):
     """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
 
     The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
-    frequencies 1 .. 1e-4 were chosen. It is applied here and nowhere else."""
+    frequencies 1 .. 1e-4 (exclusive) were chosen. It is applied here and nowhere else."""
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000 * t.float()[:, None] * freqs
@@ -39,10 +39,11 @@ def attend(q, k, v, mask=None):
 
     PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns, and without a mask in
     bfloat16 their gradient takes two to four times as long as that of the formula."""
-    slow = q.dtype == torch.bfloat16 if mask is None else mask.requires_grad
-    if not (slow and q.is_cpu and q.requires_grad):
+    bias_learns = mask is not None and mask.requires_grad
+    slow = bias_learns or mask is None and q.dtype == torch.bfloat16
+    if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q * q.shape[-1]**-0.5 @ k.transpose(-2, -1)                # (B, heads, N, M)
+    scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
 
@@ -148,24 +149,25 @@ class UViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x, t, y=None, mask=None):
-        """x (B, C, H, W) noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
-        y: None, (B,) int64 class, or (B, L, text_dim) features of a text, of which the tokens where
+        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
         mask (B, L) bool is False are padding (no mask: none is)."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
+        assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
-        time, keys = timestep_embedding(t, self.dim), None                  # (B, D); which tokens may be read: all
-        tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
+        time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
+        tokens, keys = [time[:, None]], None                                # (B, 1, D); which may be read: all
         if self.text_embed is not None:
-            mask = torch.ones_like(y[:, :, 0], dtype=torch.bool) if mask is None else mask
+            mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             pad = self.text_len - y.shape[1]                                # F.pad cuts where it is negative
-            tokens.insert(1, self.text_embed(F.pad(y, (0, 0, 0, pad))))     # (B, text_len, D)
-            mask = F.pad(mask, (0, pad))                                    # (B, text_len), and beside it time and
-            keys = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # patches, always read: (B, 1, 1, N)
+            tokens.append(self.text_embed(F.pad(y, (0, 0, 0, pad))))        # (B, text_len, D)
+            mask = F.pad(mask, (0, pad))                                    # (B, text_len); padding masked: assumed
+            keys = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # and time, patches: (B, 1, 1, N)
         if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
-        x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
+        x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
 
         skips = []
         for block in self.in_blocks:

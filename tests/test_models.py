@@ -90,7 +90,6 @@ def test_a_choice_changes_the_parts_it_names_and_nothing_else(model, choice, par
 
 
 def test_with_the_old_head_and_ffn_iuvit_is_uvit_with_an_mlp_for_time():
-    """What remains, apart from that, is that its last convolution starts at zero."""
     net, old = dict(dim=32, depth=5, heads=2, num_classes=3), UViT(dim=32, depth=5, heads=2, num_classes=3)
     new = IUViT(**net, head="linear", ffn="mlp")
     assert count(new) - count(old) == 2 * (32 * 32 + 32)
@@ -116,7 +115,33 @@ def test_output_is_a_float32_picture_like_the_input(model, condition):
     assert out.shape == x.shape and out.dtype == torch.float32 and out.isfinite().all()
 
 
+@each_model
+@pytest.mark.parametrize("channels", [1, 4])
+def test_pictures_may_have_other_channels_than_three(model, channels):
+    x, t = torch.randn(2, channels, 16, 16), torch.rand(2)
+    assert awake(model, channels=channels)(x, t).shape == x.shape
+
+
+@each_model
+@each_condition
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
+def test_a_network_may_be_turned_into_another_precision(model, condition, dtype, tolerance):
+    """As people do who copy one file: net.bfloat16(), with pictures and text of that type, and times in float32."""
+    net, batch = awake(model, **condition), inputs(**condition)
+    whole = net(*batch)
+    x, t, *rest = batch
+    other = [part.to(dtype) if part.is_floating_point() else part for part in rest]
+    assert difference(net.to(dtype)(x.to(dtype), t, *other).float(), whole) < tolerance
+
+
+@pytest.mark.parametrize("model, size", [("uvit", (8, 32)), ("iuvit", (17, 17)), ("ascend", (32, 32))])
+def test_a_picture_of_another_size_is_refused(model, size):
+    with pytest.raises(AssertionError, match="pixels are not img_size"):
+        awake(model)(torch.randn(2, 3, *size), torch.rand(2))
+
+
 @pytest.mark.parametrize("model, img_size, net", [
+    ("unet", 16, dict(attn_sizes=[])), ("ascend", 16, dict(attn_sizes=[])),
     ("unet", 6, {}), ("unet", 24, {}), ("unet", 50, {}),
     ("uvit", 8, {}), ("uvit", 40, {}),
     ("iuvit", 8, {}), ("iuvit", 40, {}),
@@ -226,6 +251,7 @@ def test_padding_of_a_text_changes_nothing(model, choice):
     whole = net(x, t, y, mask)
     longer = F.pad(y.masked_fill(~mask[:, :, None], 100.0), (0, 0, 0, 3), value=-100.0)
     assert difference(net(x, t, longer, F.pad(mask, (0, 3))), whole) < 1e-4
+    torch.testing.assert_close(net(x, t, y, mask.float()), whole)                           # as tokenizers have it
     bare = torch.cat([net(x[i:i + 1], t[i:i + 1], y[i:i + 1, :mask[i].sum()]) for i in range(4)])      # no mask at all
     assert difference(bare, whole) < 1e-4
 
@@ -233,7 +259,9 @@ def test_padding_of_a_text_changes_nothing(model, choice):
 @pytest.mark.parametrize("model, choice", TEXT_CHOICES)
 def test_a_text_without_a_single_token_is_no_softmax_over_nothing(model, choice):
     net, (x, t, y, mask) = awake(model, **TEXT, **choice), inputs(**TEXT)
-    assert net(x, t, y, mask & False).isfinite().all()
+    out = net(x, t, y, mask & False)
+    out.square().mean().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 
 def test_uvit_cuts_texts_that_are_longer_than_their_places():
