@@ -108,12 +108,12 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
 
 # Minutes on a laptop. v prediction and the cosine schedule, because eps on the linear one hardly learns outlines in
 # this time; times gathered around t = 0.6, because there outlines are decided. (Eps on the cosine one cares less for
-# high noise than v, and more for outlines. ASCEND has 96% of shapes right with it where v had 93, the U-Net all single
-# objects of a text where v had 85; without a text it had 99, not 100, and IU-ViT 37, not 89.) Batch 16: every picture
-# teaches about 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls to zero
-# over the last 40%. What goes wrong in short runs are oblong squares and crooked crosses: large mistakes made early,
-# which fresh noise mends and a deterministic path keeps, so Euler-Maruyama (of v, a run to the end is drawn as well by
-# DPM-Solver++ in 20 steps); and guidance gains nothing.
+# high noise than v, and more for outlines. ASCEND has 95% of shapes right with it where v had 93, the U-Net 99% of
+# single objects of a text where v had 85; without a text it had 99, not 100, and IU-ViT 37, not 89.) Batch 16: every
+# picture teaches about 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls
+# to zero over the last 40%. What goes wrong in short runs are oblong squares and crooked crosses: large mistakes made
+# early, which fresh noise mends and a deterministic path keeps, so Euler-Maruyama (of v, a run to the end is drawn as
+# well by DPM-Solver++ in 20 steps); and guidance gains little or nothing.
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
