@@ -167,7 +167,7 @@ def read_dict(path):
             reason = f"it holds {code[1]}, and more than tensors and plain values could run code here"
         elif isinstance(e, pickle.UnpicklingError):     # torch's own advice would be to run the code
             reason = "torch.save did not write it, or it is damaged"
-        kind = LocalError if isinstance(e, (OSError, MemoryError)) else UserError     # it may be this process alone
+        kind = LocalError if isinstance(e, (OSError, MemoryError)) else UserError       # it may be this process alone
         raise kind(f"cannot read the checkpoint {path}: {reason}")
     if not isinstance(whole, dict):
         raise UserError(f"{path} holds no weights by name, but a {type(whole).__name__}")
@@ -1396,7 +1396,7 @@ def read_lines(path):
             found = None
         if not isinstance(found, list) or not found or not all(isinstance(line, str) for line in found):
             raise LocalError(f"line {i + 1} of {path} is damaged: it should be a list of captions, as JSON; "
-                               f"rm -r {os.path.dirname(path)}, and prepare again")
+                             f"rm -r {os.path.dirname(path)}, and prepare again")
         return found
 
     return Rows(len(ends), entry)
@@ -1584,7 +1584,7 @@ class T5:
             net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16).to(self.device)
         except Exception as e:                          # a missing package can look like anything
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            kind = LocalError if isinstance(e, RuntimeError) else UserError   # a full GPU may be this process's alone
+            kind = LocalError if isinstance(e, RuntimeError) else UserError     # a full GPU may be this process's alone
             raise kind(f"cannot load the T5 encoder {name} ({reason}); its tokenizer may need `{INSTALL_T5}`")
         self.net, self.width = net.eval().requires_grad_(False), net.config.d_model
 
@@ -1629,13 +1629,13 @@ def encode_part(folder, captions, numbers, encoder):
     kind, header = dict(descr="<f2", fortran_order=False), io.BytesIO()
     np.lib.format.write_array_header_1_0(header, dict(kind, shape=(0, encoder.width)))
     # two files grow, each chunk in this order: its tokens; then, below the encoder's name, a line of JSON: how many
-    # captions each picture has, and how many tokens each caption. A line that a kill cut short has no end, or no tokens
-    paths, name = [folder / "tokens.npy.part", folder / "chunks.part"], f"{encoder.name}\n".encode()
+    # captions each picture has, and how many tokens each caption. A line that a kill cut short has no end
+    paths, owner = [folder / "tokens.npy.part", folder / "chunks.part"], f"{encoder.name}\n".encode()
     with open(paths[0], "a+b") as tokens, open(paths[1], "a+b") as chunks:
         chunks.seek(0)
-        first, *lines = chunks.readlines() or [b""]
+        found, *lines = chunks.readlines() or [b""]
         try:
-            done = [json.loads(line) for line in lines if line.endswith(b"\n")] if first == name else []
+            done = [json.loads(line) for line in lines if line.endswith(b"\n")] if found == owner else []
             done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
             of, sizes = ([n for chunk in done for n in chunk[i]] for i in range(2))
             T = sum(sizes)
@@ -1645,10 +1645,10 @@ def encode_part(folder, captions, numbers, encoder):
         except (ValueError, TypeError, LookupError):    # the machine went down, not the program
             raise LocalError(f"{folder} is damaged: rm -r {folder}, and encode again")
         tokens.truncate(start if done else 0)
-        chunks.truncate(sum(map(len, [name, *lines[:len(done)]])) if done else 0)
+        chunks.truncate(sum(map(len, [owner, *lines[:len(done)]])) if done else 0)
         if not done:
             tokens.write(header.getvalue())
-            chunks.write(name)
+            chunks.write(owner)
         for first in range(len(of), len(numbers), CHUNK):
             here = [captions[i] for i in numbers[first:first + CHUNK]]
             rows = encode(encoder, [text for texts in here for text in texts])

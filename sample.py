@@ -404,14 +404,14 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
 SHEET = 1024                                                            # pictures; nobody can look at a larger one
 
 
-def sheet_of(pictures, args, labels, each):
-    """One PIL picture: a row for each guidance scale, else about a square, or a column for each of so many prompts;
+def sheet_of(pictures, args, labels, turn):
+    """One PIL picture: a row for each guidance scale, else about a square, or a column for each prompt of a turn;
     labels (n,), or None."""
     scales, columns = args.cfg, min(16, round(len(pictures) ** 0.5))
     if len(scales) > 1:
         columns, labels = args.n, [f"{scale:g}: {label}" for scale in scales for label in labels]
-    elif 1 < each <= 16:
-        columns = each
+    elif 1 < turn <= 16:
+        columns = turn
     pictures = pictures[:SHEET]
     if labels:
         pictures = np.stack([data.captioned(picture, label, lines=3) for picture, label in zip(pictures, labels)])
@@ -468,7 +468,7 @@ def main():
 
     # what is to be seen: image i shows prompt, or class, i mod their number
     prompts, kinds, size = prompts_of(args, config), None, config["info"]["size"]
-    each = len(prompts) if args.prompt else 1                           # pictures in a round of what was asked for
+    turn = len(prompts) if args.prompt else 1                           # pictures until the prompts begin again
     if args.n is None:
         args.n = 8 if len(args.cfg) > 1 else 64
         if args.prompt:
@@ -544,7 +544,7 @@ def main():
     if not folder:
         pictures = np.concatenate([drawn[block] for block in blocks])   # (scales * n, 3, S, S); --attend: 2 S wide
         names = [config["info"]["classes"][c] for c in y] if y is not None and len(args.cfg) > 1 else None
-        sheet = sheet_of(pictures, args, prompts or names, each)
+        sheet = sheet_of(pictures, args, prompts or names, turn)
         data.write_file(out, lambda f: sheet.save(f, "png"))
     elif args.npz or args.score:
         pictures = np.stack([np.asarray(Image.open(file_of(out, i))).transpose(2, 0, 1) for i in range(args.n)])

@@ -80,7 +80,7 @@ class Config:
     clip: str = "static"            # none, static, dynamic
     # the run
     init_from: str = ""             # start from these weights: a checkpoint, or a file of U-ViT's or ADM's authors
-    out: str = ""                   # default: runs/PRESET, or runs/MODEL-DATA; with another condition than usual -COND
+    out: str = ""                   # default: runs/PRESET or runs/MODEL-DATA, and -COND where it is not the usual
     data_dir: str = "datasets"
     seed: int = 0
     device: str = "auto"            # auto, cpu, cuda, mps
@@ -443,7 +443,7 @@ def claim(out):
 
 def move_aside(out):
     """--fresh: what is in the run's place keeps its files under another name, unless it is running."""
-    if out.is_dir():
+    if Path(out, ".lock").exists():
         claim(out).close()
     if out.exists():
         aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())

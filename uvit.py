@@ -158,7 +158,7 @@ class UViT(nn.Module):
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
-        tokens, keys = [time[:, None]], None                                # (B, 1, D); which may be read: all
+        tokens, keys = [time[:, None]], None                                # (B, 1, D); keys None: all are read
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             pad = self.text_len - y.shape[1]                                # F.pad cuts where it is negative
