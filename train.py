@@ -630,7 +630,8 @@ def main():
         return
     if main_rank:
         lock = lock or claim(out)                                   # held to the end of this function
-        print(f"training {config.model} ({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
+        print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
+              f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
               f"{len(pictures):,} pictures of {config.data}, {info['size']}x{info['size']}; "
               "the CIFAR-10 run of this model: "
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")

@@ -91,7 +91,7 @@ EXPERIMENTS = {
 
 # sampling from LONG_RUN: name of an experiment -> {what a row is called: flags of sample.py}
 SAMPLING = {
-    "samplers": {f"{sampler}, {steps}": ["--sampler", sampler, "--steps", steps, "--cfg", 1]
+    "samplers": {f"{sampler} {steps}": ["--sampler", sampler, "--steps", steps, "--cfg", 1]
                  for sampler, counts in dict(dpm=(5, 10, 20, 50), ddim=(5, 10, 20, 50),
                                              em=(20, 50, 100, 200, 1000)).items() for steps in counts},
     "guidance": {f"guidance {scale}": ["--cfg", scale] for scale in (1, 2, 4)},
@@ -204,10 +204,16 @@ def results(rows, seeds):
 
 def table(name):
     """Markdown, a list of lines; empty if nothing is finished."""
-    if name in SAMPLING:
-        found = {label: read(FOLDER / f"{name}-{label}.json") for label in SAMPLING[name]}
-        lines = [f"| {label} | {r['score']['both']:.1f}% |" for label, r in found.items() if r]
-        return ["| | shape and colour as asked |", "|---|---|", *lines] if lines else []
+    if name in SAMPLING:                                    # one row for all numbers at the end of a label
+        found = {}
+        for label in SAMPLING[name]:
+            if result := read(FOLDER / f"{name}-{label}.json"):
+                row, number = label.rsplit(" ", 1)
+                found.setdefault(row, {})[number] = f"{result['score']['both']:.1f}"
+        numbers = sorted({number for cells in found.values() for number in cells}, key=int)
+        lines = [f"| {row} | " + " | ".join(cells.get(n, "") for n in numbers) + " |" for row, cells in found.items()]
+        head = "| shape and colour as asked, % | " + " | ".join(numbers) + " |"
+        return [head, "|" + "---|" * (len(numbers) + 1), *lines] if lines else []
     seeds, rows = EXPERIMENTS[name]
     found = results(rows, seeds)
     if not found:
@@ -285,7 +291,8 @@ def write_tables():
         print("", f"{name}:", *lines, sep="\n")
         if name in EXPERIMENTS:
             figure(name)
-            lines += ["", f"![Samples of one seed, losses of all](assets/miniature-{name}.png)"]
+            lines = [f"![Samples of one seed, losses of all](assets/miniature-{name}.png)", "",
+                     "<details>", "<summary>The numbers</summary>", "", *lines, "", "</details>"]
         text = re.sub(comments, lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text, flags=re.DOTALL)
     data.write_file(file, lambda f: f.write(text.encode()))
     side_by_side({net.__name__: ROOT / "runs" / f"{model}-shapes" / "samples" / "progress.png"

@@ -212,6 +212,18 @@ def test_every_python_block_of_the_readme_compiles(text):
     compile(text, "README.md", "exec")
 
 
+def test_what_the_readme_says_of_copied_files_runs(tmp_path):
+    blocks = [text for language, text in readme_blocks() if language == "python"]
+    train_step = next(i for i, text in enumerate(blocks) if "from iuvit import IUViT" in text)
+    for name in ("iuvit", "diffusion"):
+        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    small = "import functools, iuvit; iuvit.IUViT = functools.partial(iuvit.IUViT, dim=32, depth=3, heads=2)"
+    given = "import torch; x0, y = torch.rand(2, 3, 32, 32), torch.tensor([3, 7])"
+    seen = "assert torch.allclose(alpha.flatten(), diffusion.Linear().alpha(t)) and loss > 0; print(*x.shape)"
+    code = "\n".join(["import sys; sys.path.insert(0, '.')", small, given, *blocks[train_step:train_step + 2], seen])
+    assert isolated("-c", code, cwd=tmp_path) == "4 3 32 32\n"
+
+
 def test_every_file_the_readme_shows_exists():
     shown = re.findall(r"\]\(((?!http|#)[^)]+)\)", (ROOT / "README.md").read_text())           # pictures and links
     assert not (missing := [path for path in shown if not (ROOT / path).exists()]), missing
