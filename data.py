@@ -35,6 +35,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import tarfile
@@ -112,6 +113,17 @@ def write_file(path, write):
         if isinstance(e, (OSError, RuntimeError)):      # the latter is torch.save's word for a full disk
             raise OSError(f"cannot write {path}: {e}")
         raise
+
+
+def copy_file(path, to):
+    """A copy that appears complete or not at all."""
+    with open(path, "rb") as f:
+        write_file(to, lambda copy: shutil.copyfileobj(f, copy))
+
+
+def removal(folder):
+    """The command that removes a folder, for messages."""
+    return f"rm -r {shlex.quote(str(folder))}"
 
 
 def lock(f, wait=False):
@@ -752,11 +764,13 @@ class Zip(Place):
         self.src, self.zip = src, zipfile.ZipFile(src)
         entries = {entry.filename: entry for entry in self.zip.infolist() if not entry.is_dir()
                    and not any(part.startswith((".", "__MACOSX")) for part in entry.filename.split("/"))}
-        self.names = sorted(entries)
-        self.sha256 = digest(f"{name}\t{entries[name].file_size}\t{entries[name].CRC}" for name in self.names)
+        self.sha256 = digest(f"{name}\t{entries[name].file_size}\t{entries[name].CRC}" for name in sorted(entries))
+        tops = {name[:name.find("/") + 1] for name in entries}
+        self.top = tops.pop() if len(tops) == 1 else ""                 # a folder around everything is none of the set
+        self.names = sorted(name.removeprefix(self.top) for name in entries)
 
     def open(self, name):
-        return io.BytesIO(self.zip.read(name))
+        return io.BytesIO(self.zip.read(self.top + name))
 
 
 @functools.lru_cache(maxsize=4)
@@ -826,9 +840,11 @@ class Tars(Place):
     def __init__(self, src, names=None, shards=None, limit=None):
         self.src, self.names, self.shards = src, names, shards
         if names is None:
-            self.shards, found = sorted(f for f in os.listdir(src) if f.endswith(".tar")), []
-            paths = [os.path.join(src, shard) for shard in self.shards]
-            self.sha256 = digest(f"{shard}\t{os.path.getsize(path)}" for shard, path in zip(self.shards, paths))
+            self.shards = sorted(f for f in os.listdir(src) if f.endswith(".tar"))
+        paths = [os.path.join(src, shard) for shard in self.shards]
+        self.sha256 = digest(f"{shard}\t{os.path.getsize(path)}" for shard, path in zip(self.shards, paths))
+        if names is None:
+            found = []
             with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
                 tables = tqdm(pool.map(tar_pictures, paths), desc="shards", total=len(paths), disable=None)
                 for i, (rows, trouble) in enumerate(tables):
@@ -852,7 +868,7 @@ class Tars(Place):
         return [self.read(name[0], name[4], name[5]).decode("utf-8-sig", "replace").strip()]
 
     def title(self, name):                              # a member's header is the block before it
-        member = self.read(name[0], name[2] - 512, 100).rstrip(b"\0").decode(errors="replace")
+        member = self.read(name[0], name[2] - 512, 100).split(b"\0")[0].decode(errors="replace")
         return f"{self.shards[name[0]]}/{member}"
 
 
@@ -1047,9 +1063,12 @@ def read_metadata(place, table):
                 text = next((row[column] for column in ("text", "caption", "prompt") if column in row), None)
                 if text is not None:
                     name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
-                    found[name] = [str(t) for t in (text if isinstance(text, list) else [text])] or [""]
+                    texts = text if isinstance(text, list) else [text]
+                    found[name] = [str(t) for t in texts if t is not None] or [""]
     except (ValueError, KeyError, TypeError, csv.Error) as e:
         raise UserError(f"{table} in {place.src} should hold file_name and text in every row: {type(e).__name__} {e}")
+    if not found:
+        print(f"warning: {table} in {place.src} has no column text, caption or prompt", file=sys.stderr)
     return found
 
 
@@ -1260,7 +1279,7 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as e:
-        raise UserError(f"{folder}/meta.json is damaged ({e}): rm -r {folder}, "
+        raise UserError(f"{folder}/meta.json is damaged ({e}): {removal(folder)}, "
                         f"and {'encode' if kinds is FEATURES else 'prepare'} again")
 
 
@@ -1288,7 +1307,7 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
         other = [f"{k} {meta.get(k)}" for k, v in asked.items() if v is not None and v != meta.get(k)]
         if other:
             raise UserError(f"{folder} is already there, with {', '.join(other)}; "
-                            f"to prepare it anew: rm -r {folder}")
+                            f"to prepare it anew: {removal(folder)}")
         return False
     if "src" in row and src is None:
         raise not_there(name, data_dir) if name in BUILT_IN else UserError(
@@ -1359,7 +1378,7 @@ def convert(source, folder, about):
         write_lines("skipped.txt", (f"{path}\t{reason}" for path, reason in skipped))
         print(f"skipped {len(skipped)} unreadable files, listed in {folder}/skipped.txt; the first: "
               "{!r} ({})".format(*skipped[0]))
-    captions = bool(captions) or source.notes.get("place") == "Tars"
+    captions = bool(captions) or source.notes.get("place") == "Tars" and bool(source.index[:, 5].any())
     flip = not captions if about["flip"] is None else about["flip"]
     meta = dict(about, flip=flip, size=S, n=len(labels) if index is None else len(index), classes=source.classes,
                 captions=captions, source=source.origin, skipped=len(skipped), **source.notes)
@@ -1396,7 +1415,7 @@ def read_lines(path):
             found = None
         if not isinstance(found, list) or not found or not all(isinstance(line, str) for line in found):
             raise LocalError(f"line {i + 1} of {path} is damaged: it should be a list of captions, as JSON; "
-                             f"rm -r {os.path.dirname(path)}, and prepare again")
+                             f"{removal(os.path.dirname(path))}, and prepare again")
         return found
 
     return Rows(len(ends), entry)
@@ -1408,8 +1427,14 @@ class InPlace:
 
     def __init__(self, folder, meta):
         self.names = np.load(os.path.join(folder, "index.npy"), mmap_mode="r")
-        self.place = (Tars(meta["source"], self.names, meta["shards"]) if meta["place"] == "Tars" else
-                      Lmdb(meta["source"], self.names))
+        try:
+            self.place = (Tars(meta["source"], self.names, meta["shards"]) if meta["place"] == "Tars" else
+                          Lmdb(meta["source"], self.names))
+        except OSError as e:
+            raise UserError(f"the pictures of {folder} lie in {meta['source']}: {e}")
+        if meta["place"] == "Tars" and self.place.sha256 != meta["sha256"]:
+            raise UserError(f"the shards in {meta['source']} have changed since {folder} was made of them: "
+                            f"{removal(folder)}, and prepare it again")
         self.size, self.crop, self.skipped = meta["size"], read_crop(meta["crop"]), os.path.join(folder, "skipped.txt")
 
     def __len__(self):
@@ -1448,7 +1473,7 @@ class Pictures:
             self.fingerprint = digest(str(meta.get(key)) for key in ("n", "size", "classes", "crop", "sha256"))[:16]
             if "place" in meta:
                 self.images = InPlace(folder, meta)
-                if meta["place"] == "Tars":
+                if meta["place"] == "Tars" and meta["captions"]:
                     names, place = self.images.names, self.images.place
                     self.captions = Rows(len(names), lambda i: place.captions(names[i]))
             else:
@@ -1467,7 +1492,7 @@ class Pictures:
         except UserError:                               # of what lies elsewhere
             raise
         except Exception as e:                          # numpy raises half a dozen kinds
-            raise UserError(f"{folder} is damaged ({e}): rm -r {folder}, and prepare it again")
+            raise UserError(f"{folder} is damaged ({e}): {removal(folder)}, and prepare it again")
 
     def __len__(self):
         return len(self.images)
@@ -1589,7 +1614,8 @@ class T5:
         self.net, self.width = net.eval().requires_grad_(False), net.config.d_model
 
     def tokens(self, texts):
-        end, found = self.tokenizer.eos_token_id, self.tokenizer(list(texts), verbose=False).input_ids
+        texts = [text.encode(errors="replace").decode() for text in texts]      # halves of emoji are no text
+        end, found = self.tokenizer.eos_token_id, self.tokenizer(texts, verbose=False).input_ids
         return [ids if ids and ids[-1] == end else [*ids, end] for ids in found]
 
     @torch.no_grad()
@@ -1622,6 +1648,11 @@ def text_folder(folder, encoder):
     return os.path.join(folder, "text", os.path.basename(encoder.rstrip("/")))
 
 
+def same_encoder(one, other):
+    """Whether two names are of one encoder: google/t5-v1_1-xxl, t5-v1_1-xxl and ~/models/t5-v1_1-xxl are."""
+    return text_folder("", one) == text_folder("", other)
+
+
 def encode_part(folder, captions, numbers, encoder):
     """Write the features of the captions (lists of str) of these pictures, a range. What a killed one left is gone on
     from, in chunks. Yields the pictures and the bytes done so far."""
@@ -1643,7 +1674,7 @@ def encode_part(folder, captions, numbers, encoder):
             if done and os.path.getsize(paths[0]) < start:
                 raise ValueError("tokens are missing")
         except (ValueError, TypeError, LookupError):    # the machine went down, not the program
-            raise LocalError(f"{folder} is damaged: rm -r {folder}, and encode again")
+            raise LocalError(f"{folder} is damaged: {removal(folder)}, and encode again")
         tokens.truncate(start if done else 0)
         chunks.truncate(sum(map(len, [owner, *lines[:len(done)]])) if done else 0)
         if not done:
@@ -1685,7 +1716,7 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
         meta = read_meta(folder, FEATURES)
         if meta and (meta["n"], meta["encoder"]) != (n, encoder.name):
             raise UserError(f"{folder} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to encode "
-                            f"anew: rm -r {folder}")
+                            f"anew: {removal(folder)}")
         return meta
 
     if complete(folder, n):
@@ -1751,7 +1782,7 @@ class Features:
                 raise ValueError("its files do not fit each other")
         except Exception as e:                          # numpy raises half a dozen kinds
             whole = f" {self.folder}/meta.json" if name else ""
-            raise LocalError(f"{folder} is damaged ({e}): rm -r {folder}{whole}, and encode again")
+            raise LocalError(f"{folder} is damaged ({e}): {removal(folder)}{whole}, and encode again")
         return tokens, offsets, caption_of
 
     def row(self, i, draw=0):

@@ -177,8 +177,10 @@ def uniform_times(schedule, steps):
 
 
 def logsnr_times(schedule, steps):
-    """Evenly spaced in log-SNR, for few large steps: the exact solution is smooth in lam, not in t."""
-    start, end = schedule.lam(schedule.t_max), schedule.lam(T_MIN)
+    """Evenly spaced in log-SNR, for few large steps: the exact solution is smooth in lam, not in t. What the cosine
+    schedule has below lam = -5.1, a third of its range, is left to the first step: the picture is 0.6% of x there,
+    and hardly anything is decided."""
+    start, end = max(schedule.lam(schedule.t_max), -5.1), schedule.lam(T_MIN)
     inner = [schedule.t_of_lam(start + (end - start) * i / (steps - 1)) for i in range(1, steps)]
     return [schedule.t_max] + inner + [0.0]
 

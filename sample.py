@@ -200,7 +200,7 @@ def prompts_of(args, config):
     for prompt in args.prompt or config["text"]["captions"]:
         if args.prompt and prompt.startswith("@"):
             try:
-                lines = Path(prompt[1:]).read_text(encoding="utf-8", errors="replace").splitlines()
+                lines = Path(prompt[1:]).read_text(encoding="utf-8-sig", errors="replace").splitlines()
             except OSError as e:
                 fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
             prompts += [line.strip() for line in lines if line.strip()]
@@ -496,6 +496,9 @@ def main():
             fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
         if args.npz and Path(args.npz).absolute() == out.absolute():
             fail("--npz would overwrite --out: choose another name for one of them")
+        for place in [out if folder else out.parent, *([Path(args.npz).parent] if args.npz else [])]:
+            if not os.access(place, os.W_OK):
+                fail(f"cannot write there: no permission to write into {place}")
         asked, record = what_decides(path, args, prompts), out / ".asked.json"
         if folder and any(path != record for path in out.iterdir()) and not (
                 record.is_file() and record.read_bytes() == asked):
@@ -516,7 +519,8 @@ def main():
             ids = range(first, min(first + args.batch, args.n))
             if folder and all(file_of(out, i).exists() for i in ids):
                 continue                                                # drawn before the command was stopped
-            clip = args.clip or ("dynamic" if prompts and scale > 2 and config["clip"] == "static" else config["clip"])
+            stronger = prompts and scale > 2 and scale != config["cfg"]
+            clip = args.clip or ("dynamic" if stronger and config["clip"] == "static" else config["clip"])
             how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale, clip=clip)
             looking = contextlib.nullcontext()
             if args.attend:
@@ -551,7 +555,8 @@ def main():
     if args.npz:
         shown = dict(arr_1=np.array(prompts)) if prompts else {} if y is None else dict(arr_1=y.numpy())
         data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **shown))
-    print(f"{args.n * len(args.cfg)} pictures from {path}: {out}" + (f", {args.npz}" if args.npz else ""))
+    cut = f" (the first {SHEET:,})" if not folder and args.n > SHEET else ""
+    print(f"{args.n * len(args.cfg)} pictures from {path}: {out}{cut}" + (f", {args.npz}" if args.npz else ""))
     for i, scale in enumerate(args.cfg if args.score else []):
         these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
         way = f"{args.sampler} {args.steps}, guidance {scale:g}"

@@ -92,6 +92,7 @@ class Config:
     log_every: int = 100
     sample_every: int = 5000
     save_every: int = 5000
+    keep_every: int = 0             # every so many steps a checkpoint that stays, ckpt_0050000.pt; 0: only the last
 
     def record(self, info):
         """What checkpoints and config.json keep: every field, and the size and classes of the data set."""
@@ -101,10 +102,10 @@ class Config:
 CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
-# fields in which a resumed run may differ; all else is refused, by open_run. (accum, device, dtype, compile and
-# grad_ckpt change the last bits, steps the cool-down.)
+# fields in which a resumed run may differ; all else is refused, by open_run. (device changes what is drawn, accum which
+# units drop out, dtype, compile and grad_ckpt the last bits, steps the cool-down.)
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
-        "log_every", "sample_every", "save_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
+        "log_every", "sample_every", "save_every", "keep_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
 
 # Minutes on a laptop. v prediction and the cosine schedule, because eps on the linear one hardly learns outlines in
 # this time; times gathered around t = 0.6, because there outlines are decided. (Eps on the cosine one cares less for
@@ -169,7 +170,8 @@ def pyramid(dim, dim_mults, num_blocks, attn_sizes, **more):
 
 
 # The paper's runs, and those that it is compared with. Where it is silent, IU-ViT and ASCEND are assumed to be trained
-# as U-ViT is. Text is counted at the width of the paper's table, 1024; T5-XXL is --net '{"text_dim": 4096}'.
+# as U-ViT is (but for gradients, which are clipped at a norm of 1 in all rows, as DDPM's are). Text is counted at the
+# width of the paper's table, 1024; T5-XXL is --net '{"text_dim": 4096}'.
 AS_UVIT = dict(weight_decay=0.03, beta1=0.99, beta2=0.99, sampler="em", sample_steps=1000, sample_every=25_000)
 PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
              uvit=AS_UVIT, iuvit=AS_UVIT, ascend=dict(AS_UVIT, schedule="cosine"))
@@ -185,7 +187,7 @@ ADM64 = pyramid(192, [1, 2, 3, 4], 3, [32, 16, 8])
 UNET_300M = pyramid(192, [1, 2, 4, 4], 2, [16, 8], text_dim=1024)
 ASCEND128 = pyramid(128, [1, 2, 2, 2, 2], 2, [16, 8])
 ASCEND256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16, 8])
-ASCEND_590M = pyramid(192, [1, 2, 3, 4, 4], 4, [16], dropout=0.0, text_dim=1024)    # at 8 a window is the map
+ASCEND_590M = pyramid(192, [1, 2, 3, 4, 4], 4, [16], dropout=0.0, text_dim=1024)    # with 8 as well it has 636M
 
 PAPER_RUNS = [
     # preset                    steps  batch    lr  network                             else      source; its FID
@@ -288,7 +290,7 @@ def parse(argv):
     usual = row.get("cond", Config.cond) if own else "class" if classes else "none"
     other = f"-{config.cond}" if config.cond != usual else ""               # beside a run of the same set
     config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{other}"
-    if not Path(config.out).name:
+    if Path(config.out).name in ("", ".."):
         fail(f"--out must name a folder of its own, not {config.out}")
 
     # is it sensible
@@ -300,7 +302,7 @@ def parse(argv):
             fail(f"{flag} must be above 0, not {value}")
         if name in ("drop", "cooldown", "ema", "beta1", "beta2") and not 0 <= value < 1:
             fail(f"{flag} must lie in [0, 1), not at {value}")
-        if name in ("warmup", "workers", "weight_decay", "seed") and not 0 <= value < 2**63:
+        if name in ("warmup", "workers", "weight_decay", "seed", "keep_every") and not 0 <= value < 2**63:
             fail(f"{flag} must not be negative, nor 2^63 or more")
     return config, fresh, dry_run
 
@@ -357,6 +359,9 @@ def start_from(net, config, info):
     """Load the weights of --init-from, and tell of it in a line. The embedding of other classes starts anew, with the
     null class; all else must fit."""
     there, weights = sample.read(config.init_from)
+    if there["cond"] == config.cond == "text" and not data.same_encoder(there["text"]["encoder"], config.encoder):
+        fail(f"{config.init_from} reads captions by the encoder {there['text']['encoder']}, and not by "
+             f"{config.encoder}: name it with --encoder")
     own, key, classes = net.state_dict(), "class_embed.weight", info["classes"]
     numbers = [str(i) for i in range(len(classes))]     # published files know no names
     kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
@@ -477,6 +482,14 @@ def open_run(config, info):
     return ckpt
 
 
+def encoder_of(out):
+    """The text encoder of the run in a folder, or "" if there is none."""
+    try:
+        return json.loads(Path(out, "config.json").read_bytes())["encoder"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
 def keep_log(path, step):
     """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
     if path.exists():
@@ -542,7 +555,8 @@ def main():
     source = data.captioned_name(config.data) if config.cond == "text" else config.data
     info = data.describe(source, config.data_dir)
     if config.cond == "text" and not dry_run:
-        config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder)
+        own = "" if fresh else encoder_of(config.out)               # whatever has been encoded since
+        config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
         preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
         if config.net["text_dim"] not in (width, preset):
             fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
@@ -576,9 +590,7 @@ def main():
         words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
         if config.encoder == "words" and not words.exists():        # find_encoder refuses others that are absent
             data.encode_set(data.open_set(source, config.data_dir), data.Words())
-        if fresh:
-            move_aside(out)
-        lock = claim(out) if Path(out, ".lock").exists() else None  # before any process reads its checkpoint
+        lock = claim(out) if Path(out, ".lock").exists() and not fresh else None    # before its checkpoint is read
         if store:
             store.set("ready", "yes")
     else:
@@ -592,7 +604,7 @@ def main():
             info["captioned"] = features.n                          # only these are learnt, in an order of their own
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
-    ckpt = open_run(config, info)
+    ckpt = None if fresh else open_run(config, info)
     torch.manual_seed(config.seed)
     net = diffusion.on_clock(build(config, info), config.clock)
     origin = start_from(net, config, info) if config.init_from and not ckpt else None
@@ -629,11 +641,13 @@ def main():
             dist.destroy_process_group()
         return
     if main_rank:
+        if fresh:
+            move_aside(out)                                         # now that nothing can refuse the new one
         lock = lock or claim(out)                                   # held to the end of this function
         print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
               f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
-              f"{len(pictures):,} pictures of {config.data}, {info['size']}x{info['size']}; "
-              "the CIFAR-10 run of this model: "
+              f"{features.n if features else len(pictures):,} pictures of {config.data}, "
+              f"{info['size']}x{info['size']}; the CIFAR-10 run of this model: "
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
         if origin:
             print(origin)
@@ -663,16 +677,16 @@ def main():
 
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
-    # what this loader calls a sample is a whole batch, number `step`, so it can begin anywhere
-    whole = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features)
-    data.permutation(config.seed, start * config.batch // whole.n, whole.n)     # made here, for forked workers to share
+    # what this loader calls a sample is this process's share of batch number `step`, so it can begin anywhere
+    shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features)
+    data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers have it
     batches = iter(torch.utils.data.DataLoader(
-        whole, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
+        shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
         worker_init_fn=outlive_first_stop, pin_memory=device.type == "cuda"))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: the last so many
-    logged = saved = start                                          # steps
+    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: the last ones
+    logged = saved = start                                          # the steps of the last row, the last checkpoint
     began, since = time.time() - seconds, time.time()               # since: last logged, later by what was no training
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
 
@@ -699,7 +713,7 @@ def main():
                 print(*(v if isinstance(v, int) else f"{v:.6g}" for v in row.values()), sep=",", file=f)
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
 
-    def draw(step):
+    def draw_grid(step):
         """A grid of samples, from the same noise and the same classes or captions every time, and progress.png of all
         grids so far. Each process draws its share, as many at a time as it trains on."""
         record, drawn, mine = dict(config.record(info), text=text), {}, range(rank, config.samples, world)
@@ -740,12 +754,15 @@ def main():
                 fail(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
                      f"{out / 'ckpt.pt'} is of step {saved}. Try a smaller --lr, or --dtype float32")
         pause = time.time()
-        if step > saved and (step % config.save_every == 0 or leaving or last):
+        kept = config.keep_every and step % config.keep_every == 0
+        if step > saved and (step % config.save_every == 0 or kept or leaving or last):
             if main_rank:
                 save(step)
+                if kept:
+                    data.copy_file(out / "ckpt.pt", out / f"ckpt_{step:07d}.pt")
             saved = step
         if step > start and (step % config.sample_every == 0 or last):
-            draw(step)
+            draw_grid(step)
         since += time.time() - pause
         if leaving or last:
             break
@@ -754,6 +771,7 @@ def main():
         g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
         t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
         eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
+        eps = eps.contiguous()                                      # without the noise of other processes
         dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
         x0, *cond = (part.to(device, non_blocking=True) for part in next(batches))
         x0 = x0.float().div_(127.5).sub_(1)                                              # (b, 3, S, S) in [-1, 1]

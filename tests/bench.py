@@ -180,13 +180,18 @@ def main():
         print(json.dumps(measure_row(*json.loads(args.row))))
         return
     presets = list(train.PRESETS) if args.presets == ["all"] else args.presets
+    dtypes, modes = args.dtypes.split(","), args.modes.split(",")
+    for asked, known in (presets, train.PRESETS), (dtypes, ["float32", "bfloat16"]), (modes, MODES):
+        if unknown := [name for name in asked if name not in known]:
+            p.error(f"there is no {unknown[0]}; there are {', '.join(known)}")
+    if not args.seconds > 0:
+        p.error(f"--seconds must be above 0, not {args.seconds}")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}")
     if args.grow:
-        print_growth(args.dtypes.split(",")[0], args.seconds)
+        print_growth(dtypes[0], args.seconds)
     else:
-        print_table(presets, ["--net", args.net] if args.net else [], args.batch, args.dtypes.split(","),
-                    args.modes.split(","), args.seconds)
+        print_table(presets, ["--net", args.net] if args.net else [], args.batch, dtypes, modes, args.seconds)
 
 
 if __name__ == "__main__":

@@ -278,3 +278,12 @@ def test_a_place_that_cannot_be_written_to_is_one_message(drawn, tmp_path, flag)
     (tmp_path / "file").touch()
     with pytest.raises(data.UserError, match="file"):
         drawn(flag, "file/pictures.png" if flag == "--out" else "file/pictures.npz")
+
+
+@pytest.mark.parametrize("flag", ["--out", "--npz"])
+def test_a_folder_without_permission_is_known_before_anything_is_drawn(drawn, monkeypatch, flag):
+    Path("closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")   # root may write anywhere
+    monkeypatch.setattr(sample, "draw", lambda *args: pytest.fail("it draws"))
+    with pytest.raises(data.UserError, match="no permission to write into closed"):
+        drawn(flag, "closed/pictures" + (".png" if flag == "--out" else ".npz"))

@@ -409,6 +409,14 @@ def test_an_edm_zip_has_the_labels_of_its_list_and_no_classes_without(published,
     assert pictures.classes == [] and pictures.images.shape == (4, 3, 64, 64), "00000 and 00001 are no classes"
 
 
+def test_a_folder_around_everything_in_a_zip_is_no_class(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as z:
+        for name in ("pets/cat/1.png", "pets/dog/1.png"):
+            z.writestr(name, encoded(Image.new("RGB", (64, 64)), "png"))
+    pictures = opened("pets", tmp_path / "pets.zip", tmp_path)
+    assert pictures.classes == ["cat", "dog"] and pictures.labels.tolist() == [0, 1]
+
+
 def test_a_list_of_labels_that_does_not_fit_is_refused(published, tmp_path):
     src = published(captioned_folder)
     write(src / "dataset.json", '{"labels": [["a.png", 0]]}')
@@ -441,10 +449,17 @@ def test_a_metadata_table_goes_before_the_text_beside(published, tmp_path, capsy
     pictures = opened("by_csv", src, tmp_path)
     assert list(pictures.captions) == [['one, with "commas"'], [""], ["two"]]
     assert "1 of 3 pictures have no caption" in capsys.readouterr().err
-    write(src / "metadata.jsonl", '{"file_name": "a.png", "text": ["x", "y"], "id": 3}', "",
+    write(src / "metadata.jsonl", '{"file_name": "a.png", "text": ["x", null, "y"], "id": 3}', "",
           '{"file_name": "c.png", "text": "z"}')
     write(src / "sub/metadata.jsonl", '{"file_name": "b.PNG", "text": "w"}')
     assert list(opened("by_jsonl", src, tmp_path).captions) == [["x", "y"], ["z"], ["w"]]
+
+
+def test_a_metadata_table_without_captions_is_told_of(published, tmp_path, capsys):
+    src = published(captioned_folder)
+    write(src / "metadata.csv", "file_name;text", "a.png;one")                  # a semicolon is no comma
+    assert len(opened("mine", src, tmp_path).captions) == 3
+    assert "metadata.csv in" in (told := capsys.readouterr().err) and "no column text, caption or prompt" in told
 
 
 @pytest.mark.parametrize("table, says", [
@@ -491,6 +506,26 @@ def test_a_tar_of_all_pictures_and_then_all_texts_has_its_captions(published, tm
     only.mkdir()
     (src / "0.tar").rename(only / "0.tar")
     assert [lines[0].split("\n")[0] for lines in opened("shards", only, tmp_path).captions] == ["the first", "the third"]
+
+
+def test_shards_without_any_text_are_a_set_without_captions(published, tmp_path):
+    src = published(captioned_folder)
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as tar:
+        tar.add(src / "a.png", "a.png")
+    pictures = opened("bare", tmp_path / "tars", tmp_path)
+    assert pictures.captions is None and pictures.flip
+    with pytest.raises(data.UserError, match="bare has no captions"):
+        data.find_encoder("bare", tmp_path, "words")
+
+
+def test_shards_that_are_others_by_now_are_refused(published, tmp_path):
+    src = published(shards)
+    pictures = opened("set", src, tmp_path)
+    with open(src / "00000.tar", "ab") as f:
+        f.write(bytes(512))
+    with pytest.raises(data.UserError, match=f"have changed since .*: rm -r {pictures.folder}, and prepare it again"):
+        data.open_set("set", tmp_path)
 
 
 def test_the_next_picture_stands_in_for_a_broken_one_with_its_caption_and_is_listed_once(published, tmp_path):

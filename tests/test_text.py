@@ -280,6 +280,23 @@ def test_a_run_on_text_resumes_bit_for_bit_and_at_any_number_of_workers(trained)
     assert equal(whole, trained("--steps", 4, "--workers", 1, out="halves"))
 
 
+class OtherWords(data.Words):
+    """An encoder of the same width."""
+    name = "other"
+
+
+def test_an_encoder_that_comes_later_changes_no_run_and_weights_are_read_by_their_own(trained, captions):
+    pictures, flags = captions([["a red circle"], ["a cat"]] * 4), ["--data", "mine", "--data-dir", "sets"]
+    data.encode_set(pictures, data.Words())
+    trained(*flags)
+    data.encode_set(pictures, OtherWords())
+    assert trained(*flags, "--steps", 3)["config"]["encoder"] == "words", "now there are two"
+    with pytest.raises(data.UserError, match="reads captions by the encoder words, and not by other"):
+        trained(*flags, "--init-from", "run/ckpt.pt", "--encoder", "other", out="tuned")
+    assert not Path("tuned").exists()
+    trained(*flags, "--init-from", "run/ckpt.pt", "--encoder", "words", out="tuned")
+
+
 def test_a_run_does_not_go_on_with_features_of_other_pictures(trained, sets, tmp_path):
     def encoded(limit):
         shutil.rmtree(copy / "shapes-text" / "text", ignore_errors=True)
@@ -341,7 +358,7 @@ def test_any_prompt_gives_pictures(drawn, prompt, capsys):
 
 
 def test_prompts_come_from_a_file_one_a_line(drawn, tmp_path):
-    (tmp_path / "wishes.txt").write_text("a red circle\n\n  a blue square \n", encoding="utf-8")
+    (tmp_path / "wishes.txt").write_text("\ufeffa red circle\n\n  a blue square \n", encoding="utf-8")
     assert drawn("--prompt", "@wishes.txt", "--n", 3)[1] == ["a red circle", "a blue square", "a red circle"]
     (tmp_path / "empty.txt").touch()
     for prompt, says in (("@empty.txt", "holds no prompts"), ("@nowhere.txt", "cannot read --prompt @nowhere.txt")):
@@ -351,6 +368,16 @@ def test_prompts_come_from_a_file_one_a_line(drawn, tmp_path):
 
 def test_without_a_prompt_the_captions_are_those_of_the_training_grid(drawn):
     assert drawn("--n", 5)[1] == [*(c := data.read_checkpoint("run/ckpt.pt")["text"]["captions"]), c[0]]
+
+
+def test_a_run_s_own_limit_holds_at_its_own_guidance(trained, drawn):
+    trained("--cfg", 3, "--clip", "static", out="run3")
+    own, static, dynamic = (drawn("--ckpt", "run3/ckpt.pt", "--n", 2, "--weights", "raw", *flags)[0].astype(int)
+                            for flags in ([], ["--clip", "static"], ["--clip", "dynamic"]))
+    assert (own == static).all() and (own != dynamic).any()
+    stronger, dynamic = (drawn("--ckpt", "run3/ckpt.pt", "--n", 2, "--weights", "raw", "--cfg", 9, *flags)[0]
+                         for flags in ([], ["--clip", "dynamic"]))
+    assert (stronger == dynamic).all()
 
 
 def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
@@ -462,7 +489,7 @@ def test_a_t5_folder_goes_through_encode_train_and_sample(form, tmp_path, sets, 
     data.encode_command("shapes", str(sets), str(folder), None)
     ckpt = trained("--encoder", folder)
     assert ckpt["text"]["encoder"] == str(folder) and ckpt["config"]["net"]["text_dim"] == 32
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", "run/ckpt.pt", "--n", "2", "--prompt", "a red dog",
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", "run/ckpt.pt", "--n", "2", "--prompt", "a red dog \ud83d",
                                       "--attend", "red", "--device", "cpu"])
     sample.main()
     assert "2 pictures" in capsys.readouterr().out

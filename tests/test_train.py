@@ -308,6 +308,16 @@ def test_fresh_moves_the_old_run_aside_whole(trained):
         assert column("step") == [1, 2]
 
 
+def test_fresh_leaves_the_old_run_where_it_is_if_the_new_one_is_refused(trained):
+    trained()
+    before = contents()
+    with pytest.raises(data.UserError, match="do not fit"):
+        trained("--init-from", "run/ckpt.pt", "--cond", "none", "--fresh")      # its tokens are fewer
+    assert contents() == before and not Path("run-old1").exists()
+    trained("--init-from", "run/ckpt.pt", "--fresh")                            # from what it replaces
+    assert contents("run-old1") == before and column("step") == [1, 2]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
 def test_two_trainings_in_one_folder_are_one_too_many_until_the_first_is_killed(trained, monkeypatch):
     trained()
@@ -598,6 +608,14 @@ def test_save_every_decides_how_often_the_checkpoint_is_written(trained, monkeyp
     assert torch.save.count == 3                                                # after steps 2, 4 and the last
 
 
+def test_keep_every_leaves_checkpoints_that_can_be_drawn_from(trained):
+    trained("--steps", 5, "--save-every", 100, "--keep-every", 2, out="kept")
+    files = sorted(path.name for path in Path("kept").glob("ckpt*"))
+    assert files == ["ckpt.pt", "ckpt_0000002.pt", "ckpt_0000004.pt"]
+    assert data.read_checkpoint("kept/ckpt_0000002.pt")["step"] == 2
+    train.sample.load("kept/ckpt_0000002.pt")
+
+
 @pytest.mark.parametrize("flags, times", [(["--compile"], 1), (["--no-compile"], 0), ([], 0)], ids=str)
 def test_compile_is_asked_for_on_a_cpu(trained, monkeypatch, flags, times):
     monkeypatch.setattr(torch, "compile", Calls(lambda net: net))
@@ -613,8 +631,9 @@ def test_device_names_where_to_train(trained, monkeypatch):
 
 
 def test_no_field_of_the_config_is_without_a_test_of_its_flag():
-    elsewhere = {"preset", "model", "data", "encoder", "out", "data_dir", "accum", "workers", "save_every", "compile",
-                 "device", "grad_ckpt", "timeout", "init_from"}                 # the last in test_published.py
+    elsewhere = {"preset", "model", "data", "encoder", "out", "data_dir", "accum", "workers", "save_every",
+                 "keep_every", "compile", "device", "grad_ckpt", "timeout",
+                 "init_from"}                                                   # this one in test_published.py
     assert elsewhere | set(EFFECTS) == {field.name for field in dataclasses.fields(train.Config)}
 
 
