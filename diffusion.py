@@ -249,7 +249,10 @@ class ImageNoise:
         self.shape, self.device = shape, device
 
     def __call__(self):
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        noise = torch.empty(len(self.generators), *self.shape)
+        for image, generator in zip(noise, self.generators):
+            image.normal_(generator=generator)
+        return noise.to(self.device)
 
 
 def sample(denoise, noise, schedule, sampler="dpm", steps=20):
