@@ -828,9 +828,16 @@ def tar_pictures(path):
                     sample["." + kind.lower()] = member.offset_data, member.size
     except tarfile.TarError as e:                       # what was read is good all the same
         trouble = str(e)
-    rows = [(*sample[kind], *sample.get(".txt", (0, 0))) for sample in samples.values()
-            for kind in [ext for ext in EXTENSIONS if ext in sample][:1]]
-    return np.array([(i, *row) for i, row in enumerate(rows)], np.int64).reshape(-1, 5), trouble
+    rows, dotted = [], 0
+    for sample in samples.values():
+        picture = next((sample[kind] for kind in EXTENSIONS if kind in sample), None)
+        if picture:
+            rows.append((len(rows), *picture, *sample.get(".txt", (0, 0))))
+        else:
+            dotted += sum(kind.endswith(EXTENSIONS) for kind in sample)
+    if dotted:
+        trouble = f"{trouble} {dotted:,} pictures have a second dot in their names, as parts of samples have".strip()
+    return np.array(rows, np.int64).reshape(-1, 5), trouble
 
 
 class Tars(Place):

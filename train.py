@@ -564,13 +564,14 @@ def main():
                                          else ""))
         config.net["text_dim"] = width
     n_params, flops = measure(config, info)
-    if dry_run:
-        print(json.dumps(dict(dataclasses.asdict(config), params=n_params, gflops=round(flops / 1e9, 3))))
-        return
 
     # processes: one by default, or as many as torchrun started
     rank, world = data.processes()
     main_rank = rank == 0
+    if dry_run:
+        if main_rank:
+            print(json.dumps(dict(dataclasses.asdict(config), params=n_params, gflops=round(flops / 1e9, 3))))
+        return
     if config.batch % (world * config.accum):
         unit = world * config.accum
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "

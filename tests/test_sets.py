@@ -519,6 +519,16 @@ def test_shards_without_any_text_are_a_set_without_captions(published, tmp_path)
         data.find_encoder("bare", tmp_path, "words")
 
 
+def test_pictures_with_two_dots_in_a_tar_are_told_of(published, tmp_path, capsys):
+    src = published(captioned_folder)
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as tar:
+        for name in ("a.png", "b.0.png", "b.1.png"):
+            tar.add(src / "a.png", name)
+    assert len(opened("dotted", tmp_path / "tars", tmp_path)) == 1
+    assert "2 pictures have a second dot in their names" in capsys.readouterr().err
+
+
 def test_shards_that_are_others_by_now_are_refused(published, tmp_path):
     src = published(shards)
     pictures = opened("set", src, tmp_path)
