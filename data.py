@@ -1914,7 +1914,7 @@ def captioned(image, text, lines=2):
     W, H = max(128, image.shape[2]), image.shape[1]
     cell = Image.new("RGB", (W, H + 14 * lines), "white")
     cell.paste(Image.fromarray(image.transpose(1, 2, 0)))
-    wrapped = textwrap.wrap(text.encode("ascii", "replace").decode(), W // 6)[:lines]
+    wrapped = textwrap.wrap(text.encode("ascii", "replace").decode(), W // 6, max_lines=lines, placeholder=" ..")
     ImageDraw.Draw(cell).text((1, H + 1), "\n".join(wrapped), "black", ImageFont.load_default())
     return np.asarray(cell).transpose(2, 0, 1)
 

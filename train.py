@@ -650,6 +650,8 @@ def main():
               f"{features.n if features else len(pictures):,} pictures of {config.data}, "
               f"{info['size']}x{info['size']}; the CIFAR-10 run of this model: "
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
+        if start:
+            print(f"going on from step {start}")
         if origin:
             print(origin)
         record = json.dumps(config.record(info), indent=1)

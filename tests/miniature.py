@@ -96,6 +96,9 @@ SAMPLING = {
                                              em=(20, 50, 100, 200, 1000)).items() for steps in counts},
     "guidance": {f"guidance {scale}": ["--cfg", scale] for scale in (1, 2, 4)},
 }
+ROWS = dict(dpm="DPM-Solver++ (`dpm`)", ddim="DDIM (`ddim`)", em="Euler-Maruyama (`em`)",
+            guidance="Euler-Maruyama in 200 steps")
+COLUMNS = dict(samplers="evaluations of the network", guidance="guidance scale")
 SHOWN, SCORED = 10, 96                                      # samples in a figure, and in a score
 
 
@@ -209,10 +212,10 @@ def table(name):
         for label in SAMPLING[name]:
             if result := read(FOLDER / f"{name}-{label}.json"):
                 row, number = label.rsplit(" ", 1)
-                found.setdefault(row, {})[number] = f"{result['score']['both']:.1f}"
+                found.setdefault(ROWS[row], {})[number] = f"{result['score']['both']:.1f}"
         numbers = sorted({number for cells in found.values() for number in cells}, key=int)
         lines = [f"| {row} | " + " | ".join(cells.get(n, "") for n in numbers) + " |" for row, cells in found.items()]
-        head = "| shape and colour as asked, % | " + " | ".join(numbers) + " |"
+        head = f"| shape and colour as asked, %, by {COLUMNS[name]} | " + " | ".join(numbers) + " |"
         return [head, "|" + "---|" * (len(numbers) + 1), *lines] if lines else []
     seeds, rows = EXPERIMENTS[name]
     found = results(rows, seeds)
@@ -268,10 +271,10 @@ def figure(name):
 
 
 def side_by_side(strips, name):
-    """Four pictures of each run down its training: {title: its progress.png}, of those that there are, into assets/."""
-    strips = {title: Image.open(file).convert("RGB") for title, file in strips.items() if file.exists()}
-    if not strips:
+    """Four pictures of each run down its training, {title: its progress.png}, into assets/, if all are there."""
+    if not all(file.exists() for file in strips.values()):
         return
+    strips = {title: Image.open(file).convert("RGB") for title, file in strips.items()}
     width = 4 * 34 + 2
     sheet = Image.new("RGB", ((width + 14) * len(strips), 16 + max(strip.height for strip in strips.values())), "white")
     for i, (title, strip) in enumerate(strips.items()):

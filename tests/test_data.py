@@ -539,7 +539,8 @@ def test_files_of_two_different_sets_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("look", [data.open_set, data.describe])
-def test_a_set_that_is_not_there_comes_with_the_command_that_makes_it(look, tmp_path):
+def test_a_set_that_is_not_there_comes_with_the_command_that_makes_it(look, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(data.UserError, match=f"`python data.py prepare cats --src FOLDER --data-dir {tmp_path}`"):
         look("cats", str(tmp_path))
     with pytest.raises(data.UserError, match="in datasets; .*`python data.py prepare cats --src FOLDER` makes one"):
