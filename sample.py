@@ -147,6 +147,7 @@ def parse(argv):
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
                    "one a line; default: the captions of the training's grid")
+    p.add_argument("--encoder", help="where the text encoder lies, or what it is called, if no longer as in training")
     p.add_argument("--attend", metavar="WORD", help="show beside each picture where this word of the prompts was read")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
@@ -193,8 +194,9 @@ def classes_of(args, config):
 def prompts_of(args, config):
     """The prompts asked for, [str], of which some may be the same; None for a model that takes none."""
     if config["cond"] != "text":
-        if args.prompt or args.attend:
-            fail(f"this model is not conditional on text: it takes no --{'prompt' if args.prompt else 'attend'}")
+        for name in ("prompt", "attend", "encoder"):
+            if getattr(args, name):
+                fail(f"this model is not conditional on text: it takes no --{name}")
         return None
     prompts = []
     for prompt in args.prompt or config["text"]["captions"]:
@@ -219,10 +221,11 @@ def features_of(prompts, text, encoder):
     for prompt, tokens in zip(prompts, encoder().tokens(prompts)):
         if len(tokens) > data.MAX_TOKENS:
             print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
-    rows = data.encode(encoder(), prompts)
-    if rows[0].shape[1] != text["null"].shape[1]:
-        fail(f"the encoder {text['encoder']} is {rows[0].shape[1]} wide, and the network learned from one of "
-             f"{text['null'].shape[1]}: it is another one by now")
+    *rows, null = data.encode(encoder(), [*prompts, ""])
+    here, there = torch.from_numpy(null).float(), text["null"].float()
+    if here.shape != there.shape or F.cosine_similarity(here, there).min() < 0.98:      # other devices round otherwise
+        fail(f"the encoder {encoder().name} makes other features of the empty caption than {text['encoder']} did, by "
+             "which the network was trained: name where that one lies now with --encoder")
     return rows
 
 
@@ -480,7 +483,7 @@ def main():
     if prompts:
         if args.score and not args.prompt:
             prompts, kinds = data.asked_scenes(args.n)                  # whose pictures no training has seen
-        encoder = functools.cache(lambda: data.load_encoder(config["text"]["encoder"]))
+        encoder = functools.cache(lambda: data.load_encoder(args.encoder or config["text"]["encoder"]))
         rows = features_of(prompts, config["text"], encoder)
         marked = mark(args.attend, prompts, encoder()) if args.attend else None
         del encoder                                                     # T5-XXL is 9.5 GB beside the network

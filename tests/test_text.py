@@ -357,6 +357,13 @@ def test_any_prompt_gives_pictures(drawn, prompt, capsys):
     assert ("is cut to 256" in capsys.readouterr().out) == (len(prompt) > 5000)
 
 
+def test_an_encoder_that_has_become_another_is_refused(drawn, monkeypatch):
+    vectors = data.Words.vectors
+    monkeypatch.setattr(data.Words, "vectors", lambda self, tokens: [-v for v in vectors(self, tokens)])
+    with pytest.raises(data.UserError, match="words makes other features of the empty caption than words did"):
+        drawn("--prompt", "a red dog")
+
+
 def test_prompts_come_from_a_file_one_a_line(drawn, tmp_path):
     (tmp_path / "wishes.txt").write_text("\ufeffa red circle\n\n  a blue square \n", encoding="utf-8")
     assert drawn("--prompt", "@wishes.txt", "--n", 3)[1] == ["a red circle", "a blue square", "a red circle"]
@@ -493,6 +500,14 @@ def test_a_t5_folder_goes_through_encode_train_and_sample(form, tmp_path, sets, 
                                       "--attend", "red", "--device", "cpu"])
     sample.main()
     assert "2 pictures" in capsys.readouterr().out
+    folder.rename(tmp_path / "moved")                                           # another machine, say
+    again = ["sample.py", "--ckpt", "run/ckpt.pt", "--n", "2", "--prompt", "a red cat", "--device", "cpu", "--encoder"]
+    monkeypatch.setattr(sys, "argv", [*again, str(tmp_path / "moved")])
+    sample.main()
+    assert "2 pictures" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*again, "words"])
+    with pytest.raises(data.UserError, match="makes other features of the empty caption than"):
+        sample.main()
 
 
 def test_without_transformers_a_line_says_what_to_install(monkeypatch):
