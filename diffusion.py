@@ -103,8 +103,8 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
 
     shift > 1 favours high noise (the time shift of Esser et al., arXiv 2403.03206, Eq. 23): shift / (1 + shift)
     becomes the median. spread < 1 gathers the times around it, as logit-normal ones are (same paper, Eq. 19).
-    The n are not drawn one by one, but evenly spaced from a random start: losses differ so much over t that covering it
-    evenly in every batch makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
+    The n are not drawn one by one, but, in all runs, evenly spaced from a random start (assumed): losses differ so much
+    over t that covering it evenly makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
     return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # spread and shift work on log-odds
 
@@ -178,8 +178,8 @@ def uniform_times(schedule, steps):
 
 def logsnr_times(schedule, steps):
     """Evenly spaced in log-SNR, for few large steps: the exact solution is smooth in lam, not in t. What the cosine
-    schedule has below lam = -5.1, a third of its range, is left to the first step: the picture is 0.6% of x there,
-    and hardly anything is decided."""
+    schedule has below lam = -5.1, a third of its range, is left to the first step: the picture is 0.6% of x there, and
+    hardly anything is decided. (The linear one begins at -5.02, and is even throughout.)"""
     start, end = max(schedule.lam(schedule.t_max), -5.1), schedule.lam(T_MIN)
     inner = [schedule.t_of_lam(start + (end - start) * i / (steps - 1)) for i in range(1, steps)]
     return [schedule.t_max] + inner + [0.0]
@@ -197,9 +197,10 @@ def carry(x, x0, t, s, schedule):
 def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x.
 
-    First order, so its error falls only as 1 / steps: the score is held for the whole step, so beta must be small where
-    x is more than noise. On the linear schedule it is 0.4 at t = 0.5 in 20 steps, and 0.01 in the paper's 1000. (Near
-    t = 1, where x is all noise, it may be large.) Fresh noise has a use: it mends what the network did wrong before."""
+    First order, so its error falls only as 1 / steps. Each step replaces the part beta (below) of x's variance by fresh
+    noise, and holds the score meanwhile, so beta must be small where x is more than noise: on the linear schedule it is
+    0.4 at t = 0.5 in 20 steps, and 0.01 in the paper's 1000. (Near t = 1, where x is all noise, it may be large.) Fresh
+    noise has a use: it mends what the network did wrong before."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2

@@ -57,7 +57,7 @@ def attend(q, k, v, mask=None):
     if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that comes here is a bias
 
 
 class SelfAttention(nn.Module):
@@ -228,7 +228,7 @@ class IUViT(nn.Module):
     def init_weights(self):
         """nn.Linear          normal, std 0.02; bias 0
         pos_embed          normal, std 0.02            (trunc_normal_ cuts at 2, a hundred std away: never)
-        head               0, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1 (assumed);
+        head               0, so the first prediction is 0 and the first loss E|target|^2, of eps 1 (assumed);
                            linear-first as published: of two layers in a row that start near zero neither learns fast
         everything else    as PyTorch has it, as published"""
         for m in self.modules():
@@ -255,8 +255,8 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # The paper concatenates text and time: the last layer of time's MLP reads both, W a + V b = [W V] [a; b]
-            # (assumed, as is the norm; by way of the first layer, the words for colours were learnt later).
+            # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
+            # text's mean b: W a + V b = [W V] [a; b] (assumed, as is the norm; by the first layer colours came later).
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None]]                                            # (B, 1, D)
         if self.class_embed is not None:

@@ -107,14 +107,14 @@ POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
         "log_every", "sample_every", "save_every", "keep_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
 
-# Minutes on a laptop. v prediction and the cosine schedule, because eps on the linear one hardly learns outlines in
-# this time; times gathered around t = 0.6, because there outlines are decided. (Eps on the cosine one cares less for
-# high noise than v, and more for outlines. ASCEND has 95% of shapes right with it where v had 93, the U-Net 99% of
-# single objects of a text where v had 85; without a text it had 99, not 100, and IU-ViT 37, not 89.) Batch 16: every
+# Minutes on a laptop. The cosine schedule, since eps on the linear one hardly learns outlines in this time; times
+# gathered around t = 0.6, because there outlines are decided. On the cosine schedule eps cares less for high noise
+# than v and more for outlines, and which is better depends. Right by eps and by v were: of ASCEND's shapes 95 and
+# 93%, of the U-Net's 99 and 100, of IU-ViT's 37 and 89, of single objects of a text 99 and 85. Batch 16: every
 # picture teaches about 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls
 # to zero over the last 40%. What goes wrong in short runs are oblong squares and crooked crosses: large mistakes made
-# early, which fresh noise mends and a deterministic path keeps, so Euler-Maruyama (of v, a run to the end is drawn as
-# well by DPM-Solver++ in 20 steps); and guidance gains little or nothing.
+# early, which fresh noise mends and a deterministic path keeps, so they are drawn by Euler-Maruyama in 200 steps;
+# guidance gains little.
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
@@ -746,6 +746,7 @@ def main():
 
     sys.excepthook = explain
     for step in range(start, config.steps + 1):                     # step: how many are done; the last pass does none
+        # what is due after so many steps: log, save, then draw, which may take minutes
         leaving = torch.tensor([float(len(stops) > 0)])             # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
@@ -757,20 +758,20 @@ def main():
                 fail(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
                      f"{out / 'ckpt.pt'} is of step {saved}. Try a smaller --lr, or --dtype float32")
         pause = time.time()
-        kept = config.keep_every and step % config.keep_every == 0
+        kept = step > 0 and config.keep_every and step % config.keep_every == 0
         if step > saved and (step % config.save_every == 0 or kept or leaving or last):
             if main_rank:
                 save(step)
-                if kept:
-                    data.copy_file(out / "ckpt.pt", out / f"ckpt_{step:07d}.pt")
             saved = step
+        if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
+            data.copy_file(out / "ckpt.pt", kept_file)
         if step > start and (step % config.sample_every == 0 or last):
             draw_grid(step)
         since += time.time() - pause
         if leaving or last:
             break
 
-        # all randomness follows from (seed, step), so a resumed run sees the same
+        # the next step: all randomness follows from (seed, step), so a resumed run sees the same
         g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
         t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
         eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]

@@ -97,7 +97,7 @@ def attend(q, k, v, mask=None):
     if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that comes here is a bias
 
 
 class SpatialAttention(nn.Module):
@@ -260,7 +260,7 @@ class UNet(nn.Module):
                     size *= 2
                 self.decoder.append(Layer(*layer))
 
-        # head: starts at zero, so the first prediction is 0 and the first eps-loss exactly E|eps|^2 = 1
+        # head: starts at zero, so the first prediction is 0 and the first loss E|target|^2, of eps 1
         self.norm = GroupNorm(C)
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
@@ -278,8 +278,8 @@ class UNet(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # The paper concatenates text and time: the last layer of time's MLP reads both, W a + V b = [W V] [a; b]
-            # (assumed, as is the norm; by way of the first layer, the words for colours were learnt later).
+            # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
+            # text's mean b: W a + V b = [W V] [a; b] (assumed, as is the norm; by the first layer colours came later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)

@@ -44,7 +44,7 @@ def attend(q, k, v, mask=None):
     if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that comes here is a bias
 
 
 class Attention(nn.Module):
