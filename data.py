@@ -847,11 +847,8 @@ class Tars(Place):
     def __init__(self, src, names=None, shards=None, limit=None):
         self.src, self.names, self.shards = src, names, shards
         if names is None:
-            self.shards = sorted(f for f in os.listdir(src) if f.endswith(".tar"))
-        paths = [os.path.join(src, shard) for shard in self.shards]
-        self.sha256 = digest(f"{shard}\t{os.path.getsize(path)}" for shard, path in zip(self.shards, paths))
-        if names is None:
-            found = []
+            self.shards, found = sorted(f for f in os.listdir(src) if f.endswith(".tar")), []
+            paths = [os.path.join(src, shard) for shard in self.shards]
             with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
                 tables = tqdm(pool.map(tar_pictures, paths), desc="shards", total=len(paths), disable=None)
                 for i, (rows, trouble) in enumerate(tables):
@@ -860,8 +857,10 @@ class Tars(Place):
                     found.append(np.insert(rows, 0, i, axis=1))
                     if limit and sum(map(len, found)) >= limit:
                         pool.shutdown(cancel_futures=True)
+                        self.shards = self.shards[:i + 1]
                         break
             self.names = np.concatenate(found)[:limit]
+        self.sha256 = digest(f"{shard}\t{os.path.getsize(os.path.join(src, shard))}" for shard in self.shards)
 
     def read(self, shard, offset, length):
         with open(os.path.join(self.src, self.shards[shard]), "rb") as f:
@@ -1067,7 +1066,8 @@ def read_metadata(place, table):
     try:
         with place.open(table) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as f:
             for row in map(json.loads, filter(str.strip, f)) if table.endswith(".jsonl") else csv.DictReader(f):
-                text = next((row[column] for column in ("text", "caption", "prompt") if column in row), None)
+                columns = [row[column] for column in ("text", "caption", "prompt") if row.get(column) is not None]
+                text = columns[0] if columns else None
                 if text is not None:
                     name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
                     texts = text if isinstance(text, list) else [text]
@@ -1075,7 +1075,7 @@ def read_metadata(place, table):
     except (ValueError, KeyError, TypeError, csv.Error) as e:
         raise UserError(f"{table} in {place.src} should hold file_name and text in every row: {type(e).__name__} {e}")
     if not found:
-        print(f"warning: {table} in {place.src} has no column text, caption or prompt", file=sys.stderr)
+        print(f"warning: {table} in {place.src} gives no captions in a column text, caption or prompt", file=sys.stderr)
     return found
 
 
@@ -1526,7 +1526,7 @@ class Pictures:
 
 
 def not_there(name, data_dir):
-    where = "" if data_dir == "datasets" else f" --data-dir {data_dir}"
+    where = "" if data_dir == "datasets" else f" --data-dir {shlex.quote(str(data_dir))}"
     if name in BUILT_IN:
         src = BUILT_IN[name].get("src")
         where = (" --src PATH" if src else "") + where
@@ -1788,7 +1788,7 @@ class Features:
                     or caption_of[-1] != len(offsets) - 2):
                 raise ValueError("its files do not fit each other")
         except Exception as e:                          # numpy raises half a dozen kinds
-            whole = f" {self.folder}/meta.json" if name else ""
+            whole = " " + shlex.quote(f"{self.folder}/meta.json") if name else ""
             raise LocalError(f"{folder} is damaged ({e}): {removal(folder)}{whole}, and encode again")
         return tokens, offsets, caption_of
 
@@ -1855,7 +1855,7 @@ def find_encoder(name, data_dir, asked):
         return Words.name, Words.width
     have = f"there are {', '.join(there)}" if there else "it has none"
     what = f"{name} has no text features by {asked}" if asked else f"which text features of {name}? Name an --encoder"
-    where = "" if data_dir == "datasets" else f" --data-dir {data_dir}"
+    where = "" if data_dir == "datasets" else f" --data-dir {shlex.quote(str(data_dir))}"
     raise UserError(f"{what}; {have}. `python data.py encode {name} --encoder {asked or 'words'}{where}` makes some")
 
 

@@ -213,6 +213,17 @@ def prompts_of(args, config):
     return prompts
 
 
+def load_encoder(name, text):
+    """The encoder that the network was trained with, from where it lies now. UserError if it is another one: it makes
+    other features of the empty caption."""
+    encoder = data.load_encoder(name)
+    here, there = torch.from_numpy(data.encode(encoder, [""])[0]).float(), text["null"].float()
+    if here.shape != there.shape or F.cosine_similarity(here, there).min() < 0.98:      # other devices round otherwise
+        fail(f"the encoder {name} makes other features of the empty caption than {text['encoder']} did, by which the "
+             "network was trained: name where that one lies now with --encoder")
+    return encoder
+
+
 def features_of(prompts, text, encoder):
     """[float16 (L, d)] of the prompts, by the encoder that the network was trained with; encoder() loads it."""
     known = dict(zip(text["captions"], text["rows"]))                   # those need none
@@ -221,12 +232,7 @@ def features_of(prompts, text, encoder):
     for prompt, tokens in zip(prompts, encoder().tokens(prompts)):
         if len(tokens) > data.MAX_TOKENS:
             print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
-    *rows, null = data.encode(encoder(), [*prompts, ""])
-    here, there = torch.from_numpy(null).float(), text["null"].float()
-    if here.shape != there.shape or F.cosine_similarity(here, there).min() < 0.98:      # other devices round otherwise
-        fail(f"the encoder {encoder().name} makes other features of the empty caption than {text['encoder']} did, by "
-             "which the network was trained: name where that one lies now with --encoder")
-    return rows
+    return data.encode(encoder(), prompts)
 
 
 # ---- where the network looks --------------------------------------------------------------------------
@@ -483,7 +489,7 @@ def main():
     if prompts:
         if args.score and not args.prompt:
             prompts, kinds = data.asked_scenes(args.n)                  # whose pictures no training has seen
-        encoder = functools.cache(lambda: data.load_encoder(args.encoder or config["text"]["encoder"]))
+        encoder = functools.cache(lambda: load_encoder(args.encoder or config["text"]["encoder"], config["text"]))
         rows = features_of(prompts, config["text"], encoder)
         marked = mark(args.attend, prompts, encoder()) if args.attend else None
         del encoder                                                     # T5-XXL is 9.5 GB beside the network

@@ -292,6 +292,8 @@ def parse(argv):
     config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{other}"
     if Path(config.out).name in ("", ".."):
         fail(f"--out must name a folder of its own, not {config.out}")
+    if fresh and config.init_from and Path(config.out).resolve() in Path(config.init_from).resolve().parents:
+        fail(f"--fresh would move {config.init_from} away, which --init-from is to read: choose another --out")
 
     # is it sensible
     for name, value in dataclasses.asdict(config).items():
@@ -323,7 +325,8 @@ def nearest_preset(asked):
 
 def stem(path):
     """What to call weights: their file, or a checkpoint's run."""
-    return Path(path).stem if Path(path).name != "ckpt.pt" else Path(path).absolute().parent.name
+    own = re.fullmatch(r"ckpt(?:_(\d+))?\.pt", Path(path).name)
+    return "-".join(filter(None, [Path(path).absolute().parent.name, own[1]])) if own else Path(path).stem
 
 
 def inherited(asked, fresh):
@@ -475,6 +478,8 @@ def open_run(config, info):
     old = {**dataclasses.asdict(Config()), **old, **old["info"]}    # facts of the set beside the fields
     asked = {"captioned": None, **dataclasses.asdict(config), **info}
     asked = json.loads(json.dumps(asked))                           # in JSON, tuples are lists
+    if data.same_encoder(str(old.get("encoder")), config.encoder):  # which may lie elsewhere by now
+        old["encoder"] = config.encoder
     changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
                if k not in FREE and old.get(k) != v]
     if changed:
@@ -482,10 +487,11 @@ def open_run(config, info):
     return ckpt
 
 
-def encoder_of(out):
-    """The text encoder of the run in a folder, or "" if there is none."""
+def encoder_of(out, name):
+    """The text encoder of the run in a folder, or "" if there is none, or one of another data set."""
     try:
-        return json.loads(Path(out, "config.json").read_bytes())["encoder"]
+        old = json.loads(Path(out, "config.json").read_bytes())
+        return old["encoder"] if old["data"] == name and isinstance(old["encoder"], str) else ""
     except (OSError, ValueError, LookupError, TypeError):
         return ""
 
@@ -555,7 +561,7 @@ def main():
     source = data.captioned_name(config.data) if config.cond == "text" else config.data
     info = data.describe(source, config.data_dir)
     if config.cond == "text" and not dry_run:
-        own = "" if fresh else encoder_of(config.out)               # whatever has been encoded since
+        own = "" if fresh else encoder_of(config.out, config.data)      # whatever has been encoded since
         config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
         preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
         if config.net["text_dim"] not in (width, preset):
@@ -591,7 +597,9 @@ def main():
         words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
         if config.encoder == "words" and not words.exists():        # find_encoder refuses others that are absent
             data.encode_set(data.open_set(source, config.data_dir), data.Words())
-        lock = claim(out) if Path(out, ".lock").exists() and not fresh else None    # before its checkpoint is read
+        if fresh:                                                   # early: where a rank dies later, this run goes on
+            move_aside(out)
+        lock = claim(out) if Path(out, ".lock").exists() else None  # before any process reads its checkpoint
         if store:
             store.set("ready", "yes")
     else:
@@ -605,7 +613,7 @@ def main():
             info["captioned"] = features.n                          # only these are learnt, in an order of their own
 
     # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
-    ckpt = None if fresh else open_run(config, info)
+    ckpt = open_run(config, info)
     torch.manual_seed(config.seed)
     net = diffusion.on_clock(build(config, info), config.clock)
     origin = start_from(net, config, info) if config.init_from and not ckpt else None
@@ -642,8 +650,6 @@ def main():
             dist.destroy_process_group()
         return
     if main_rank:
-        if fresh:
-            move_aside(out)                                         # now that nothing can refuse the new one
         lock = lock or claim(out)                                   # held to the end of this function
         print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
               f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "

@@ -459,7 +459,7 @@ def test_a_metadata_table_without_captions_is_told_of(published, tmp_path, capsy
     src = published(captioned_folder)
     write(src / "metadata.csv", "file_name;text", "a.png;one")                  # a semicolon is no comma
     assert len(opened("mine", src, tmp_path).captions) == 3
-    assert "metadata.csv in" in (told := capsys.readouterr().err) and "no column text, caption or prompt" in told
+    assert "metadata.csv in" in (told := capsys.readouterr().err) and "gives no captions" in told
 
 
 @pytest.mark.parametrize("table, says", [
@@ -536,6 +536,9 @@ def test_shards_that_are_others_by_now_are_refused(published, tmp_path):
         f.write(bytes(512))
     with pytest.raises(data.UserError, match=f"have changed since .*: rm -r {pictures.folder}, and prepare it again"):
         data.open_set("set", tmp_path)
+    assert len(opened("first", src, tmp_path, limit=2)) == 2
+    (src / "00001.tar").unlink()                                                # none of its pictures
+    assert len(data.open_set("first", tmp_path)) == 2
 
 
 def test_the_next_picture_stands_in_for_a_broken_one_with_its_caption_and_is_listed_once(published, tmp_path):

@@ -295,6 +295,14 @@ def test_an_encoder_that_comes_later_changes_no_run_and_weights_are_read_by_thei
         trained(*flags, "--init-from", "run/ckpt.pt", "--encoder", "other", out="tuned")
     assert not Path("tuned").exists()
     trained(*flags, "--init-from", "run/ckpt.pt", "--encoder", "words", out="tuned")
+    trained(*flags, "--encoder", "other", out="moved")
+    meta = Path("sets/mine/text/other/meta.json")
+    meta.write_text(meta.read_text().replace('"other"', '"/elsewhere/other"'))          # encoded anew from there
+    assert trained(*flags, "--encoder", "other", "--steps", 3, out="moved")["step"] == 3
+    Path("foreign").mkdir()
+    Path("foreign/config.json").write_text('{"encoder": {"layers": 2}}')                # not a run of ours
+    with pytest.raises(data.UserError, match="config of foreign is not that of a run"):
+        trained(*flags, "--encoder", "other", out="foreign")
 
 
 def test_a_run_does_not_go_on_with_features_of_other_pictures(trained, sets, tmp_path):

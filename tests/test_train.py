@@ -308,14 +308,12 @@ def test_fresh_moves_the_old_run_aside_whole(trained):
         assert column("step") == [1, 2]
 
 
-def test_fresh_leaves_the_old_run_where_it_is_if_the_new_one_is_refused(trained):
+def test_fresh_does_not_move_the_weights_that_it_is_to_start_from(trained):
     trained()
     before = contents()
-    with pytest.raises(data.UserError, match="do not fit"):
-        trained("--init-from", "run/ckpt.pt", "--cond", "none", "--fresh")      # its tokens are fewer
+    with pytest.raises(data.UserError, match="--fresh would move run/ckpt.pt away"):
+        trained("--init-from", "run/ckpt.pt", "--fresh")
     assert contents() == before and not Path("run-old1").exists()
-    trained("--init-from", "run/ckpt.pt", "--fresh")                            # from what it replaces
-    assert contents("run-old1") == before and column("step") == [1, 2]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
@@ -614,6 +612,12 @@ def test_keep_every_leaves_checkpoints_that_can_be_drawn_from(trained):
     assert files == ["ckpt.pt", "ckpt_0000002.pt", "ckpt_0000004.pt"]
     assert data.read_checkpoint("kept/ckpt_0000002.pt")["step"] == 2
     train.sample.load("kept/ckpt_0000002.pt")
+    assert train.stem("kept/ckpt_0000002.pt") == "kept-0000002" and train.stem("kept/ckpt.pt") == "kept"
+    Path("kept/ckpt_0000004.pt").unlink()
+    Path("kept/ckpt.pt").write_bytes(Path("kept/ckpt_0000002.pt").read_bytes())
+    Path("kept/ckpt_0000002.pt").unlink()                                       # killed between the two
+    trained("--steps", 5, "--save-every", 100, "--keep-every", 2, out="kept")
+    assert sorted(path.name for path in Path("kept").glob("ckpt*")) == files
 
 
 @pytest.mark.parametrize("flags, times", [(["--compile"], 1), (["--no-compile"], 0), ([], 0)], ids=str)
