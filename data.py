@@ -1066,8 +1066,7 @@ def read_metadata(place, table):
     try:
         with place.open(table) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as f:
             for row in map(json.loads, filter(str.strip, f)) if table.endswith(".jsonl") else csv.DictReader(f):
-                columns = [row[column] for column in ("text", "caption", "prompt") if row.get(column) is not None]
-                text = columns[0] if columns else None
+                text = next((row[name] for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
                 if text is not None:
                     name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
                     texts = text if isinstance(text, list) else [text]

@@ -213,7 +213,7 @@ def prompts_of(args, config):
     return prompts
 
 
-def load_encoder(name, text):
+def encoder_of_training(name, text):
     """The encoder that the network was trained with, from where it lies now. UserError if it is another one: it makes
     other features of the empty caption."""
     encoder = data.load_encoder(name)
@@ -489,7 +489,8 @@ def main():
     if prompts:
         if args.score and not args.prompt:
             prompts, kinds = data.asked_scenes(args.n)                  # whose pictures no training has seen
-        encoder = functools.cache(lambda: load_encoder(args.encoder or config["text"]["encoder"], config["text"]))
+        encoder = functools.cache(lambda: encoder_of_training(args.encoder or config["text"]["encoder"],
+                                                              config["text"]))
         rows = features_of(prompts, config["text"], encoder)
         marked = mark(args.attend, prompts, encoder()) if args.attend else None
         del encoder                                                     # T5-XXL is 9.5 GB beside the network

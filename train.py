@@ -694,8 +694,8 @@ def main():
         worker_init_fn=outlive_first_stop, pin_memory=device.type == "cuda"))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: the last ones
-    logged = saved = start                                          # the steps of the last row, the last checkpoint
+    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: the latest of them
+    logged = saved = start                                          # steps: of the last row, of the last checkpoint
     began, since = time.time() - seconds, time.time()               # since: last logged, later by what was no training
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
 

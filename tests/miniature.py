@@ -32,7 +32,7 @@ import train
 
 # ---- what is tried -----------------------------------------------------------------------------------------
 
-TERAFLOPS = 10          # of training, a run: two to eight minutes of one core
+TERAFLOPS = 10          # of training, a run: one to eight minutes of one core
 FOLDER = ROOT / "runs" / "miniature"
 LONG_RUN = ROOT / "runs" / "unet-shapes" / "ckpt.pt"        # of `python train.py`: the experiments with sampling
 

@@ -1,5 +1,6 @@
 """The repository as a reader meets it: what lies where, who imports whom, and that the README's commands are real."""
 import ast
+import fnmatch
 import inspect
 import json
 import re
@@ -32,10 +33,15 @@ def isolated(*args, cwd):
 # ---- files -------------------------------------------------------------------------------------------
 
 def test_the_top_level_holds_what_was_agreed_and_nothing_else():
-    assert TOP_LEVEL <= {path.name for path in ROOT.iterdir()}
-    listed = ["git", "-c", "safe.directory=*", "ls-files"]              # the folder also holds what its user has made
-    if shutil.which("git") and (done := subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)).stdout:
-        assert {path.split("/")[0] for path in done.stdout.splitlines() if not path.startswith(".")} == TOP_LEVEL
+    there = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    if shutil.which("git") and (ROOT / ".git").exists():                # of its files, and not of what its user has made
+        listed = ["git", "-c", "safe.directory=*", "ls-files"]
+        files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        found = {path.split("/")[0] for path in files if not path.startswith(".")}
+    else:
+        ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+        found = {name for name in there if not any(fnmatch.fnmatch(name, pattern) for pattern in ignored)}
+    assert found == TOP_LEVEL and TOP_LEVEL <= there
 
 
 def test_six_packages_are_required():
