@@ -250,10 +250,11 @@ class ImageNoise:
         self.shape, self.device = shape, device
 
     def __call__(self):
-        noise = torch.empty(len(self.generators), *self.shape)
+        on_gpu = torch.device(self.device).type == "cuda"
+        noise = torch.empty(len(self.generators), *self.shape, pin_memory=on_gpu)
         for image, generator in zip(noise, self.generators):
             image.normal_(generator=generator)
-        return noise.to(self.device)
+        return noise.to(self.device, non_blocking=on_gpu)       # from pinned memory: a GPU is not waited for
 
 
 def sample(denoise, noise, schedule, sampler="dpm", steps=20):

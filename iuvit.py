@@ -122,6 +122,21 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class WideNorm(nn.LayerNorm):
+    """LayerNorm of rows of thousands of numbers."""
+
+    def forward(self, x):
+        return self.by_hand(x) if x.is_cuda and torch.compiler.is_compiling() else super().forward(x)
+
+    def by_hand(self, x):
+        """The same, for torch.compile on a GPU: two sums, taken together, are faster along a wide row than the running
+        mean and variance of PyTorch's own, for which the FFN took a tenth longer."""
+        x = x.to(self.weight.dtype)
+        mean = x.mean(dim=-1, keepdim=True)
+        var = ((x * x).mean(dim=-1, keepdim=True) - mean**2).clamp(min=0)
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
 class DWConvFFN(nn.Module):
     """Feed-forward part with a 3x3 depth-wise convolution over the grid of patches (paper, appendix, Fig. 8):
     linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It brings locality back, and the
@@ -133,9 +148,9 @@ class DWConvFFN(nn.Module):
         super().__init__()
         self.grid, self.extras = grid, extras
         self.fc1 = nn.Linear(dim, 4 * dim)
-        self.norm1 = nn.LayerNorm(4 * dim)
+        self.norm1 = WideNorm(4 * dim)
         self.dwconv = nn.Conv2d(4 * dim, 4 * dim, 3, padding=1, groups=4 * dim)
-        self.norm2 = nn.LayerNorm(4 * dim)
+        self.norm2 = WideNorm(4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):                                               # (B, N, D)

@@ -52,8 +52,19 @@ class GroupNorm(nn.GroupNorm):
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
         super().__init__(groups, channels)
 
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+    def forward(self, x):                                               # (B, C, H, W)
+        x = x.to(self.weight.dtype)
+        return self.by_hand(x) if x.is_cuda and torch.compiler.is_compiling() else super().forward(x)
+
+    def by_hand(self, x):
+        """The same, for torch.compile: PyTorch's own brings channels_last maps into another order on a GPU, and each
+        convolution brings them back, for about a third of a step's time."""
+        var, mean = (m.unflatten(1, (self.num_groups, -1)) for m in torch.var_mean(x, dim=(2, 3), correction=0))
+        center = mean.mean(dim=2, keepdim=True)                         # (B, groups, 1); var, mean (B, groups, C/groups)
+        var = (var + (mean - center)**2).mean(dim=2, keepdim=True)      # within channels, and between them
+        scale = self.weight * torch.rsqrt(var + self.eps).expand_as(mean).flatten(1)                # (B, C)
+        shift = self.bias - scale * center.expand_as(mean).flatten(1)                               # (B, C)
+        return x * scale[:, :, None, None] + shift[:, :, None, None]
 
 
 class Timed(nn.Module):

@@ -35,20 +35,18 @@ MODES = ["eager", "compiled", "grad-ckpt"]
 
 
 def seconds_of(f, device, at_least):
-    """The mean time of a call, over as many calls as `at_least` seconds take, after three that warm up."""
-    def wait():
+    """The mean time of a call, over as many calls as take about `at_least` seconds, after three that warm up."""
+    def seconds(calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            f()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()                    # once, at the end: as in training, Python runs ahead of the GPU
+        return time.perf_counter() - start
 
-    for _ in range(3):
-        f()
-    wait()
-    start, calls = time.perf_counter(), 0
-    while time.perf_counter() - start < at_least:
-        f()
-        wait()
-        calls += 1
-    return (time.perf_counter() - start) / calls
+    seconds(3)
+    calls = max(1, round(at_least / seconds(1)))
+    return seconds(calls) / calls
 
 
 def peak_flops(device, dtype, at_least):
@@ -65,6 +63,7 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
     params, flops = train.measure(config, info)
     device = diffusion.pick_device(config.device)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     precision = diffusion.autocast(device, dtype)
     S = info["size"]
     net = train.build(config, info).to(device, memory_format=torch.channels_last)
@@ -93,6 +92,7 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
         with precision, torch.no_grad():
             sampler(x, t, *cond)
 
+    step(), evaluate()                                  # these compile
     training = seconds_of(step, device, at_least)
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -11,7 +11,7 @@ from torch import nn
 import diffusion
 from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, WindowAttention, attend
 from conftest import TINY
-from iuvit import CrossAttention, IUViT
+from iuvit import CrossAttention, IUViT, WideNorm
 from unet import GroupNorm, SpatialAttention, UNet, timestep_embedding
 from uvit import Attention, UViT
 
@@ -330,6 +330,21 @@ def test_timestep_embedding_is_what_a_pocket_calculator_says(precision):
     (256, 32), (128, 32), (96, 16), (64, 16), (40, 8), (32, 8), (6, 1), (3, 1)])
 def test_group_norm_has_32_groups_or_fewer_of_at_least_four_channels(channels, groups):
     assert GroupNorm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("norm, shape", [(GroupNorm(24), (3, 24, 5, 5)), (WideNorm(40), (3, 40, 2, 5))])
+def test_norms_by_hand_are_pytorchs_and_keep_the_order_in_memory(norm, shape):
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    maps = (3 * torch.randn(shape) + 5).to(memory_format=torch.channels_last)
+    x = maps if isinstance(norm, GroupNorm) else maps.permute(0, 2, 3, 1)           # channels_last: rows of 40
+    x, g, found = x.requires_grad_(), torch.randn_like(x), []
+    for f in norm, norm.by_hand:
+        out = f(x)
+        found.append((out, *torch.autograd.grad(out, [x, *norm.parameters()], g)))
+        assert out.stride() == found[-1][1].stride() == x.stride()
+    for theirs, ours in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", ["uvit", "iuvit"])
