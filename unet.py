@@ -60,7 +60,7 @@ class GroupNorm(nn.GroupNorm):
         """The same, for torch.compile: PyTorch's own brings channels_last maps into another order on a GPU, and each
         convolution brings them back, for about a third of a step's time."""
         var, mean = (m.unflatten(1, (self.num_groups, -1)) for m in torch.var_mean(x, dim=(2, 3), correction=0))
-        center = mean.mean(dim=2, keepdim=True)                         # (B, groups, 1); var, mean (B, groups, C/groups)
+        center = mean.mean(dim=2, keepdim=True)                         # (B, groups, 1); mean: (B, groups, C/groups)
         var = (var + (mean - center)**2).mean(dim=2, keepdim=True)      # within channels, and between them
         scale = self.weight * torch.rsqrt(var + self.eps).expand_as(mean).flatten(1)                # (B, C)
         shift = self.bias - scale * center.expand_as(mean).flatten(1)                               # (B, C)
@@ -279,7 +279,7 @@ class UNet(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is)."""
+        mask (B, L) bool is False are padding (no mask: none is). One at least is real: of none, cuDNN reads all."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, dim)

@@ -1,0 +1,95 @@
+"""Whether this machine's GPU computes what its CPU does: a script that prints, not a test.
+
+    python tests/gpu.py
+
+Every backbone with every condition, tiny: how far outputs and gradients are from those of the CPU in float32, as
+|gpu - cpu| / |cpu|; in float32 also with gradient checkpointing and compiled, and in bfloat16. Then how often sampling
+makes Python wait for the GPU. It ends with 1 if float32 is off by more than 1e-4, bfloat16 by more than 0.05, or a step
+of a sampler waits.
+"""
+import contextlib
+import copy
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import torch
+
+import diffusion
+import train
+from conftest import TINY
+
+CONDITIONS = dict(none={}, **{"class": dict(num_classes=5)}, text=dict(text_dim=24))
+
+
+def awake(model, **condition):
+    """A tiny network with every parameter moved off its start: an output that begins at zero proves nothing."""
+    net = train.MODELS[model](img_size=32, **TINY[model], **condition)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05 * torch.randn_like(p)
+    return net
+
+
+def run(f, net, batch, g, device, precision=contextlib.nullcontext()):
+    """Output of f(*batch), and all gradients of net, as two vectors on the CPU."""
+    net.zero_grad()
+    with precision:
+        out = f(*[part.to(device) for part in batch])
+    out.float().backward(g.to(device))
+    return out.detach().float().cpu().flatten(), torch.cat([p.grad.float().cpu().flatten() for p in net.parameters()])
+
+
+def compare(model, condition, device):
+    """{way: (error of the output, error of the gradients)}"""
+    torch.manual_seed(0)
+    net = awake(model, **CONDITIONS[condition])
+    gpu, thrifty = (copy.deepcopy(net).to(device, memory_format=torch.channels_last) for _ in range(2))
+    train.checkpoint_blocks(thrifty)
+    x, t, g = torch.randn(4, 3, 32, 32), torch.rand(4), torch.randn(4, 3, 32, 32)
+    y = {"none": (), "class": (torch.arange(4),),
+         "text": (torch.randn(4, 7, 24), torch.arange(7) < torch.tensor([[7], [3], [2], [1]]))}[condition]
+    batch, half = (x, t, *y), torch.autocast(device.type, torch.bfloat16)
+    truth = run(net, net, batch, g, "cpu")
+    ways = {"float32": run(gpu, gpu, batch, g, device), "checkpointed": run(thrifty, thrifty, batch, g, device),
+            "compiled": run(torch.compile(gpu), gpu, batch, g, device), "bfloat16": run(gpu, gpu, batch, g, device, half)}
+    return {way: [float((a - b).norm() / b.norm()) for a, b in zip(found, truth)] for way, found in ways.items()}
+
+
+def waits(sampler, device):
+    """How often Python waits for the GPU in 10 steps of a sampler."""
+    net, schedule = awake("unet").to(device), diffusion.Cosine()
+    noise = diffusion.ImageNoise(range(4), (3, 32, 32), device)
+    denoise = diffusion.denoiser(net, schedule, "v")
+    diffusion.sample(denoise, noise, schedule, sampler, 10)             # what happens once has happened
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        diffusion.sample(denoise, noise, schedule, sampler, 10)
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in seen)
+
+
+def main():
+    device = diffusion.pick_device("auto")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device.type == 'cuda' else device}")
+    good = True
+    for model in TINY:
+        for condition in CONDITIONS:
+            errors = compare(model, condition, device)
+            good &= all(max(both) < (0.05 if way == "bfloat16" else 1e-4) for way, both in errors.items())
+            print(f"{model:8}{condition:7}", *(f"{way} {a:.0e} {b:.0e}" for way, (a, b) in errors.items()), sep="  ",
+                  flush=True)
+    for sampler in diffusion.SAMPLERS if device.type == "cuda" else []:
+        good &= not (n := waits(sampler, device))
+        print(f"{sampler}: 10 steps wait {n} times for the GPU")
+    print("good" if good else "NOT good")
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
