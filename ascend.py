@@ -219,11 +219,10 @@ class SpatialAttention(nn.Module):
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):                                               # (B, C, H, W)
-        H = x.shape[2]
-        qkv = self.qkv(self.norm(x))
-        q, k, v = rearrange(qkv, "B (K heads d) H W -> K B heads (H W) d", K=3, d=self.head_dim)
-        h = attend(q, k, v)
-        return x + self.proj(rearrange(h, "B heads (H W) d -> B (heads d) H W", H=H))
+        qkv = rearrange(self.qkv(self.norm(x)), "B C H W -> B (H W) C").chunk(3, dim=-1)
+        q, k, v = (rearrange(part, "B N (heads d) -> B heads N d", d=self.head_dim) for part in qkv)
+        h = rearrange(attend(q, k, v), "B heads (H W) d -> B H W (heads d)", H=x.shape[2])
+        return x + self.proj(rearrange(h, "B H W C -> B C H W"))
 
 
 class CrossAttention(nn.Module):

@@ -668,6 +668,8 @@ def main():
         checkpoint_blocks(net)                                      # and not its average, which needs no gradients
     model = net
     if config.compile or (config.compile is None and device.type == "cuda"):
+        if main_rank:
+            print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
         model = torch.compile(model)
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)

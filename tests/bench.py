@@ -184,6 +184,8 @@ def main():
     for asked, known in (presets, train.PRESETS), (dtypes, ["float32", "bfloat16"]), (modes, MODES):
         if unknown := [name for name in asked if name not in known]:
             p.error(f"there is no {unknown[0]}; there are {', '.join(known)}")
+    if args.batch is not None and args.batch < 1:
+        p.error(f"--batch must be at least 1, not {args.batch}")
     if not args.seconds > 0:
         p.error(f"--seconds must be above 0, not {args.seconds}")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

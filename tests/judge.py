@@ -81,6 +81,8 @@ def main():
     try:
         with np.load(path) as arrays:
             pictures, labels = arrays["arr_0"].transpose(0, 3, 1, 2), arrays["arr_1"].astype(np.int64, casting="safe")
+        if len(pictures) != len(labels):
+            raise ValueError
     except (EOFError, OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
         raise data.UserError(f"cannot read {path} as pictures with classes, as `python sample.py --npz` writes them")
     size = pictures.shape[-1]
