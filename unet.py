@@ -53,18 +53,22 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels)
 
     def forward(self, x):                                               # (B, C, H, W)
-        x = x.to(self.weight.dtype)
-        return self.by_hand(x) if x.is_cuda and torch.compiler.is_compiling() else super().forward(x)
+        if x.is_cuda and torch.compiler.is_compiling():
+            return self.by_hand(x)
+        return super().forward(x.to(self.weight.dtype))
 
     def by_hand(self, x):
-        """The same, for torch.compile: PyTorch's own brings channels_last maps into another order on a GPU, and each
-        convolution brings them back, for about a third of a step's time."""
-        var, mean = (m.unflatten(1, (self.num_groups, -1)) for m in torch.var_mean(x, dim=(2, 3), correction=0))
-        center = mean.mean(dim=2, keepdim=True)                         # (B, groups, 1); mean: (B, groups, C/groups)
-        var = (var + (mean - center)**2).mean(dim=2, keepdim=True)      # within channels, and between them
-        scale = self.weight * torch.rsqrt(var + self.eps).expand_as(mean).flatten(1)                # (B, C)
-        shift = self.bias - scale * center.expand_as(mean).flatten(1)                               # (B, C)
-        return x * scale[:, :, None, None] + shift[:, :, None, None]
+        """forward in simple operations, for torch.compile on a GPU. PyTorch's own copies a channels_last map to channels
+        first there, and the next convolution copies it back: a fifth of a step. Sums over H and W copy nothing."""
+        x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
+        channel_var, channel_mean = (m.unflatten(1, (self.num_groups, -1))          # (B, groups, C/groups)
+                                     for m in torch.var_mean(x, dim=(2, 3), correction=0))
+        mean = channel_mean.mean(dim=2, keepdim=True)                               # (B, groups, 1)
+        var = (channel_var + (channel_mean - mean)**2).mean(dim=2, keepdim=True)    # within channels, between channels
+        # (x - mean) / std * weight + bias, as one scale and one shift of each channel
+        scale = self.weight * torch.rsqrt(var + self.eps).expand_as(channel_mean).flatten(1)            # (B, C)
+        shift = self.bias - scale * mean.expand_as(channel_mean).flatten(1)                             # (B, C)
+        return (x * scale[:, :, None, None] + shift[:, :, None, None]).to(self.weight.dtype)
 
 
 class Timed(nn.Module):
@@ -278,7 +282,8 @@ class UNet(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is). One at least is real: of none, cuDNN reads all."""
+        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: of one
+        without any, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, dim)

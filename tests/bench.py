@@ -35,17 +35,17 @@ MODES = ["eager", "compiled", "grad-ckpt"]
 
 
 def seconds_of(f, device, at_least):
-    """The mean time of a call, over as many calls as take about `at_least` seconds, after three that warm up."""
+    """The mean time of a call, over as many calls as take about `at_least` seconds, after four that warm up."""
     def seconds(calls):
         start = time.perf_counter()
         for _ in range(calls):
             f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()                    # once, at the end: as in training, Python runs ahead of the GPU
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()   # once, at the end: as in training, Python runs ahead of the GPU
         return time.perf_counter() - start
 
-    seconds(3)
-    calls = max(1, round(at_least / seconds(1)))
+    seconds(2)
+    calls = max(1, round(at_least / min(seconds(1), seconds(1))))
     return seconds(calls) / calls
 
 
@@ -93,6 +93,8 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
             sampler(x, t, *cond)
 
     step(), evaluate()                                  # these compile
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     training = seconds_of(step, device, at_least)
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
