@@ -1764,7 +1764,7 @@ class Features:
     the empty caption. The files of shards are opened when they are needed, a few at a time."""
 
     def __init__(self, folder):
-        self.folder, meta = folder, read_meta(folder, FEATURES)
+        self.folder, self.meta = folder, (meta := read_meta(folder, FEATURES))
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
         self.encoder, self.width, self.n = meta["encoder"], meta["width"], meta["n"]
@@ -1791,6 +1791,10 @@ class Features:
             raise LocalError(f"{folder} is damaged ({e}): {removal(folder)}{whole}, and encode again")
         return tokens, offsets, caption_of
 
+    def longest(self):
+        """The tokens of the longest caption; of shards, which are not all looked into, the most that one may have."""
+        return MAX_TOKENS if "shards" in self.meta else int(np.diff(self.part("")[1]).max())
+
     def row(self, i, draw=0):
         """float16 (L, d): the tokens of a caption of picture i, the first or another one, by any number."""
         number = np.searchsorted(self.ends, i, "right")
@@ -1805,10 +1809,10 @@ class Features:
         return [self.row(i, d) for i, d in zip(index.tolist(), draw.tolist())]
 
 
-def pad(rows):
+def pad(rows, length=0):
     """[float16 (L_i, d)] -> float16 (B, L, d), 0 beyond each text, and mask (B, L), True where it has a token. L is the
-    longest, rounded up to a multiple of 8: few shapes, which suits hardware and compilers."""
-    L = (max(map(len, rows)) + 7) // 8 * 8
+    longest, or `length` if that is more, rounded up to a multiple of 8: few shapes, which suits hardware."""
+    L = (max(length, *map(len, rows)) + 7) // 8 * 8
     features, mask = torch.zeros(len(rows), L, rows[0].shape[1], dtype=torch.float16), torch.zeros(len(rows), L)
     for i, row in enumerate(rows):
         features[i, :len(row)], mask[i, :len(row)] = torch.as_tensor(row), 1
@@ -1869,14 +1873,16 @@ def permutation(seed, epoch, n):
 
 class Batches(torch.utils.data.Dataset):
     """Batches[step] -> x uint8 (B, 3, S, S), y int64 (B,), all 0 in a set without classes. With text features, those in
-    place of y, padded as `pad` does: float16 (B, L, d), mask (B, L). Only pictures that have features come then.
+    place of y, padded as `pad` does, to `length` at least: float16 (B, L, d), mask (B, L). Only pictures that have
+    features come then.
 
     batch: size of the global batch; rows: those of its rows that this process takes; flip: mirror
     half the pictures. Sample number k = step * batch + row, and all about it follows from (seed, k):
     it is the same at any number of workers and processes, and after any resume."""
 
-    def __init__(self, pictures, batch, rows, seed, flip, features=None):
+    def __init__(self, pictures, batch, rows, seed, flip, features=None, length=0):
         self.pictures, self.batch, self.seed, self.flip, self.features = pictures, batch, seed, flip, features
+        self.length = length
         self.n = features.n if features else len(pictures)
         self.rows = np.array(rows, np.int64)
 
@@ -1892,7 +1898,7 @@ class Batches(torch.utils.data.Dataset):
             mirrored = mix(self.seed, k, MIRROR) % 2 == 1
             x[mirrored] = x[mirrored, ..., ::-1]
         if self.features:
-            return torch.from_numpy(x), *pad(self.features.rows(index, mix(self.seed, k, CAPTION)))
+            return torch.from_numpy(x), *pad(self.features.rows(index, mix(self.seed, k, CAPTION)), self.length)
         y = np.zeros_like(k) if self.pictures.labels is None else self.pictures.labels[index]
         return torch.from_numpy(x), torch.from_numpy(y)
 

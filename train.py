@@ -667,7 +667,8 @@ def main():
     if config.grad_ckpt:
         checkpoint_blocks(net)                                      # and not its average, which needs no gradients
     model = net
-    if config.compile or (config.compile is None and device.type == "cuda"):
+    compiled = config.compile or (config.compile is None and device.type == "cuda")
+    if compiled:
         if main_rank:
             print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
         model = torch.compile(model)
@@ -689,7 +690,8 @@ def main():
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
     # what this loader calls a sample is this process's share of batch number `step`, so it can begin anywhere
-    shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features)
+    length = features.longest() if compiled and features else 0     # PyTorch cannot compile texts of changing length
+    shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, length)
     data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers have it
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,

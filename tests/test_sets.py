@@ -754,6 +754,7 @@ def test_few_of_many_shards_are_open_at_a_time(tmp_path):
     features = data.Features(str(tmp_path))
     rows = features.rows(np.arange(len(names)), np.zeros(len(names), np.uint64))
     assert all(map(np.array_equal, rows, data.encode(data.Words(), [f"number {i}" for i in range(len(names))])))
+    assert features.longest() == data.MAX_TOKENS, "shards are not all looked into"
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert len(maps) == 3 * data.OPEN_PARTS
 
