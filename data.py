@@ -1764,7 +1764,7 @@ class Features:
     the empty caption. The files of shards are opened when they are needed, a few at a time."""
 
     def __init__(self, folder):
-        self.folder, self.meta = folder, (meta := read_meta(folder, FEATURES))
+        self.folder, meta = folder, read_meta(folder, FEATURES)
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
         self.encoder, self.width, self.n = meta["encoder"], meta["width"], meta["n"]
@@ -1793,7 +1793,7 @@ class Features:
 
     def longest(self):
         """The tokens of the longest caption; of shards, which are not all looked into, the most that one may have."""
-        return MAX_TOKENS if "shards" in self.meta else int(np.diff(self.part("")[1]).max())
+        return int(np.diff(self.part("")[1]).max()) if "" in self.parts else MAX_TOKENS
 
     def row(self, i, draw=0):
         """float16 (L, d): the tokens of a caption of picture i, the first or another one, by any number."""
