@@ -540,6 +540,10 @@ def main():
                     drawn[scale, first] = draw(model, how, wanted[first:ids.stop], ids, device)
             except torch.OutOfMemoryError:
                 raise data.LocalError(f"out of memory: use a smaller --batch (now {args.batch})")
+            except Exception as e:
+                if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise
+                raise data.LocalError(f"torch.compile failed, so leave out --compile: {str(e).splitlines()[0]}")
             if args.attend:                                             # beside each picture where it was looked
                 shown = highlight(drawn[scale, first], maps)
                 drawn[scale, first] = np.concatenate([drawn[scale, first], shown], axis=3)

@@ -745,12 +745,16 @@ def main():
             draw_progress(out / "samples", info["size"])
 
     def explain(kind, e, trace):                                    # the last line of an unexpected error says where
+        of_compiler = kind.__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if of_compiler and stops:                                   # Ctrl-C ends the C compiler, too, which it started
+            print(f"stopped while compiling, at step {saved}; the same command resumes", file=sys.stderr)
+            return
         if issubclass(kind, torch.OutOfMemoryError):
             print(f"out of memory with {micro} pictures at a time: use a larger --accum (now {config.accum}), "
                   f"--grad-ckpt, or a smaller --batch (now {config.batch})", file=sys.stderr)
         else:
             sys.__excepthook__(kind, e, trace)
-            if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if of_compiler:
                 print("torch.compile failed; --no-compile does without", file=sys.stderr)
         print(f"rank {rank} failed at step {step}; the same command goes on from step {saved}", file=sys.stderr)
 

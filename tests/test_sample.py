@@ -124,6 +124,18 @@ def test_compile_is_asked_for_and_what_is_compiled_draws(drawn, monkeypatch):
     assert len(compiled) == 1 and grey_levels(pictures, drawn("--clip", "none", "--steps", 1)[0]) > 2
 
 
+def test_what_cannot_be_compiled_is_one_line(drawn, monkeypatch):
+    class CompilerError(Exception):
+        __module__ = "torch._inductor.exc"
+
+    def fail(*args):
+        raise CompilerError("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda net: fail)
+    with pytest.raises(data.UserError, match="^torch.compile failed, so leave out --compile: no C.. compiler$"):
+        drawn("--compile")
+
+
 # ---- what a picture depends on ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
