@@ -1708,7 +1708,8 @@ def encode_part(folder, captions, numbers, encoder):
         ends = np.cumsum([0, *steps], dtype=np.int64)
         write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
     os.replace(paths[0], folder / "tokens.npy")
-    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes), tokens=T)
+    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes), tokens=T,
+                longest=max([*sizes, len(null)]))
     write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
     paths[1].unlink()
 
@@ -1751,8 +1752,9 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
     metas = {name: complete(folder / name, len(parts[name])) for name in parts}
     if "" not in parts and all(metas.values()):
         total = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
+        longest = max(meta.get("longest", MAX_TOKENS) for meta in metas.values())
         shards = {name: meta["n"] for name, meta in metas.items()}
-        whole = dict(encoder=encoder.name, width=encoder.width, **total, shards=shards)
+        whole = dict(encoder=encoder.name, width=encoder.width, **total, longest=longest, shards=shards)
         own = folder / f"meta-{rank}.json"              # two may end at the same time
         write_file(own, lambda f: f.write(json.dumps(whole, indent=1).encode()))
         os.replace(own, folder / "meta.json")
@@ -1760,14 +1762,15 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
 
 
 class Features:
-    """The text features of a set: encoder (its name), width d, n (pictures that have some), and null, float16 (L, d),
-    the empty caption. The files of shards are opened when they are needed, a few at a time."""
+    """The text features of a set: encoder (its name), width d, n (pictures that have some), longest (tokens that a
+    caption has at most), and null, float16 (L, d), the empty caption. The files of shards are opened when they are needed, a few at a time."""
 
     def __init__(self, folder):
         self.folder, meta = folder, read_meta(folder, FEATURES)
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
         self.encoder, self.width, self.n = meta["encoder"], meta["width"], meta["n"]
+        self.longest = meta.get("longest", MAX_TOKENS)  # which earlier versions did not count
         self.parts = meta.get("shards", {"": self.n})
         self.names, self.ends = list(self.parts), np.cumsum(list(self.parts.values()))
         self.part = functools.lru_cache(OPEN_PARTS)(self.open)
@@ -1790,10 +1793,6 @@ class Features:
             whole = " " + shlex.quote(f"{self.folder}/meta.json") if name else ""
             raise LocalError(f"{folder} is damaged ({e}): {removal(folder)}{whole}, and encode again")
         return tokens, offsets, caption_of
-
-    def longest(self):
-        """The tokens of the longest caption; of shards, which are not all looked into, the most that one may have."""
-        return int(np.diff(self.part("")[1]).max()) if "" in self.parts else MAX_TOKENS
 
     def row(self, i, draw=0):
         """float16 (L, d): the tokens of a caption of picture i, the first or another one, by any number."""

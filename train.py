@@ -690,7 +690,7 @@ def main():
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
     # what this loader calls a sample is this process's share of batch number `step`, so it can begin anywhere
-    length = features.longest() if compiled and features else 0     # PyTorch cannot compile texts of changing length
+    length = features.longest if compiled and features else 0       # PyTorch cannot compile texts of changing length
     shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, length)
     data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers have it
     batches = iter(torch.utils.data.DataLoader(
