@@ -126,8 +126,8 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype))
 
     def by_hand(self, x):
-        """forward in simple operations, for torch.compile on a GPU. PyTorch's own copies a channels_last map to channels
-        first there, and the next convolution copies it back: a fifth of a step. Sums over H and W copy nothing."""
+        """forward in simple operations, for torch.compile on a GPU. PyTorch's own copies channels_last maps to channels
+        first there, and the next convolution copies them back: a fifth of a step. Sums over H and W copy nothing."""
         x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
         channel_var, channel_mean = (m.unflatten(1, (self.num_groups, -1))          # (B, groups, C/groups)
                                      for m in torch.var_mean(x, dim=(2, 3), correction=0))

@@ -1763,7 +1763,8 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
 
 class Features:
     """The text features of a set: encoder (its name), width d, n (pictures that have some), longest (tokens that a
-    caption has at most), and null, float16 (L, d), the empty caption. The files of shards are opened when they are needed, a few at a time."""
+    caption has at most), and null, float16 (L, d), the empty caption. The files of shards are opened when they are
+    needed, a few at a time."""
 
     def __init__(self, folder):
         self.folder, meta = folder, read_meta(folder, FEATURES)

@@ -9,6 +9,8 @@
     4  time passes an MLP, of which the last layer also reads a vector of the text, if there is one (which layer, and
        that the vector is the normalised mean of the normalised tokens: assumed)
 
+(WideNorm is no change of the network's: a LayerNorm written for torch.compile, for speed.)
+
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, patch, patch, ..];
     6 blocks -------- each output is kept as a skip --------+     text is read by each block, in cross-attention

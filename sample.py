@@ -37,6 +37,7 @@ from uvit import UViT
 
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
 SCORED = ("shapes", "shapes64", "shapes-text", "shapes64-text")         # sets that data.py can read back
+COMPILER = ("torch._dynamo", "torch._inductor")                         # modules of what torch.compile raises
 
 
 def fail(message):
@@ -541,7 +542,7 @@ def main():
             except torch.OutOfMemoryError:
                 raise data.LocalError(f"out of memory: use a smaller --batch (now {args.batch})")
             except Exception as e:
-                if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                if not type(e).__module__.startswith(COMPILER):
                     raise
                 raise data.LocalError(f"torch.compile failed, so leave out --compile: {str(e).splitlines()[0]}")
             if args.attend:                                             # beside each picture where it was looked

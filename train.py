@@ -745,7 +745,7 @@ def main():
             draw_progress(out / "samples", info["size"])
 
     def explain(kind, e, trace):                                    # the last line of an unexpected error says where
-        of_compiler = kind.__module__.startswith(("torch._dynamo", "torch._inductor"))
+        of_compiler = kind.__module__.startswith(sample.COMPILER)
         if of_compiler and stops:                                   # Ctrl-C ends the C compiler, too, which it started
             print(f"stopped while compiling, at step {saved}; the same command resumes", file=sys.stderr)
             return

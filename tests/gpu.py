@@ -21,18 +21,9 @@ import torch
 import data
 import diffusion
 import train
-from conftest import TINY
+from test_models import MODELS, awake
 
 CONDITIONS = dict(none={}, **{"class": dict(num_classes=5)}, text=dict(text_dim=24))
-
-
-def awake(model, **condition):
-    """A tiny network with every parameter moved off its start: an output that begins at zero proves nothing."""
-    net = train.MODELS[model](img_size=32, **TINY[model], **condition)
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.05 * torch.randn_like(p)
-    return net
 
 
 def run(f, net, batch, g, device, precision=contextlib.nullcontext()):
@@ -47,7 +38,7 @@ def run(f, net, batch, g, device, precision=contextlib.nullcontext()):
 def compare(model, condition, device):
     """{way: (error of the output, error of the gradients)}"""
     torch.manual_seed(0)
-    net = awake(model, **CONDITIONS[condition])
+    net = awake(model, img_size=32, **CONDITIONS[condition])
     gpu, thrifty = (copy.deepcopy(net).to(device, memory_format=torch.channels_last) for _ in range(2))
     train.checkpoint_blocks(thrifty)
     x, t, g = torch.randn(4, 3, 32, 32), torch.rand(4), torch.randn(4, 3, 32, 32)
@@ -63,7 +54,7 @@ def compare(model, condition, device):
 
 def waits(sampler, device):
     """How often Python waits for the GPU in 10 steps of a sampler."""
-    net, schedule = awake("unet").to(device), diffusion.Cosine()
+    net, schedule = awake("unet", img_size=32).to(device), diffusion.Cosine()
     noise = diffusion.ImageNoise(range(4), (3, 32, 32), device)
     denoise = diffusion.denoiser(net, schedule, "v")
     diffusion.sample(denoise, noise, schedule, sampler, 10)             # what happens once has happened
@@ -80,7 +71,7 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     good = True
-    for model in TINY:
+    for model in MODELS:
         for condition in CONDITIONS:
             errors = compare(model, condition, device)
             good &= all(max(both) < (0.05 if way == "bfloat16" else 1e-4) for way, both in errors.items())
