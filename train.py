@@ -419,6 +419,15 @@ def checkpoint_blocks(net):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
+def compile_network(net, one_pass):
+    """torch.compile. one_pass: a step is one forward and one backward pass, of one process. Those are recorded as CUDA
+    graphs, since a GPU is through the kernels of a small network before Python has asked for the next ones.
+
+    Without graphs: the sums of gradients over --accum passes, which PyTorch's graphs get wrong
+    (github.com/pytorch/pytorch/issues/169545), and DDP and --grad-ckpt, which have not been tried with them."""
+    return torch.compile(net, mode="reduce-overhead" if one_pass else "default")
+
+
 def keep_freed_memory():
     """Have glibc keep what one step frees for the next. By default large blocks go back to the system, and the 5,000 to
     34,000 page faults of getting them again made a step of the laptop presets a tenth to a quarter slower."""
@@ -671,7 +680,7 @@ def main():
     if compiled:
         if main_rank:
             print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
-        model = torch.compile(model)
+        model = compile_network(model, one_pass=world == 1 and config.accum == 1 and not config.grad_ckpt)
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False                             # constants; to say so above is deprecated

@@ -71,7 +71,9 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
     opt = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     if mode == "grad-ckpt":
         train.checkpoint_blocks(net)
-    model, sampler = (torch.compile(m) if mode == "compiled" else m for m in (net, ema))
+    model, sampler = net, ema
+    if mode == "compiled":
+        model, sampler = train.compile_network(net, one_pass=True), torch.compile(ema)
     schedule = diffusion.SCHEDULES[config.schedule]
     with device:
         x, t, eps = torch.randn(batch, 3, S, S), torch.rand(batch), torch.randn(batch, 3, S, S)
@@ -94,9 +96,10 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
 
     step(), evaluate()                                  # these compile
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     training = seconds_of(step, device, at_least)
-    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+    memory = (torch.cuda.max_memory_reserved() if device.type == "cuda" else    # what CUDA graphs use counts here alone
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     sampling = seconds_of(evaluate, device, at_least / 2)
     peak = peak_flops(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32, at_least / 4)
@@ -129,9 +132,9 @@ def print_table(presets, argv, batch, dtypes, modes, at_least):
                       f"{r['memory']:9.2f}", flush=True)
 
 
-def print_growth(dtype, at_least):
+def print_growth(dtype, batch, at_least):
     """Images a second of a small IU-ViT and U-Net, one thing growing at a time."""
-    def line(what, preset, argv, batch=16):
+    def line(what, preset, argv):
         r = row(preset, argv, batch, dtype, "eager", at_least)
         numbers = r if isinstance(r, str) else (f"{r['params'] / 1e6:8.2f}M{r['gflops']:9.3f} GFLOPs"
                                                 f"{r['train']:9.1f} images/s")
@@ -149,16 +152,16 @@ def print_growth(dtype, at_least):
         patches = json.dumps(dict(patch_size=size // 8, dim=256, heads=4))
         line(f"{size} pixels, patch {size // 8}", "iuvit-shapes", ["--data", name, "--cond", "none", "--net", patches])
     for n in (1, 2, 4, 8)[:(torch.cuda.device_count() or os.cpu_count()).bit_length()]:
-        speed = speed_of_processes(n, dtype, steps=max(20, round(20 * at_least)))
+        speed = speed_of_processes(n, dtype, batch, steps=max(20, round(20 * at_least)))
         print(f"{'unet-shapes':14}{f'{n} processes of one ' + ('GPU' if torch.cuda.is_available() else 'thread'):28}"
               f"{speed:37.1f} images/s", flush=True)
 
 
-def speed_of_processes(n, dtype, steps):
-    """Images a second of train.py under torchrun, 16 pictures in each process, as its own log has it."""
+def speed_of_processes(n, dtype, batch, steps):
+    """Images a second of train.py under torchrun, `batch` pictures in each process, as its own log has it."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--"]
-        flags = ["--preset", "unet-shapes", "--batch", 16 * n, "--steps", steps, "--log-every", steps // 2,
+        flags = ["--preset", "unet-shapes", "--batch", batch * n, "--steps", steps, "--log-every", steps // 2,
                  "--dtype", dtype, "--sample-every", 10**6, "--sample-steps", 1, "--out", Path(folder, "run"),
                  "--data-dir", folder]
         subprocess.run([*launch, ROOT / "train.py", *map(str, flags)], check=True, capture_output=True,
@@ -193,7 +196,7 @@ def main():
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}")
     if args.grow:
-        print_growth(dtypes[0], args.seconds)
+        print_growth(dtypes[0], args.batch or 16, args.seconds)
     else:
         print_table(presets, ["--net", args.net] if args.net else [], args.batch, dtypes, modes, args.seconds)
 

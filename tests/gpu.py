@@ -1,6 +1,7 @@
 """Whether this machine's GPU computes what its CPU does: a script that prints, not a test.
 
-    python tests/gpu.py
+    python tests/gpu.py             all backbones, of which each is compiled three times: minutes
+    python tests/gpu.py iuvit
 
 Every backbone with every condition, tiny: how far outputs and gradients are from those of the CPU in float32, as
 |gpu - cpu| / |cpu|; in float32 also with gradient checkpointing and compiled, and in bfloat16. Then how often sampling
@@ -71,7 +72,7 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     good = True
-    for model in MODELS:
+    for model in sys.argv[1:] or MODELS:
         for condition in CONDITIONS:
             errors = compare(model, condition, device)
             good &= all(max(both) < (0.05 if way == "bfloat16" else 1e-4) for way, both in errors.items())

@@ -620,11 +620,14 @@ def test_keep_every_leaves_checkpoints_that_can_be_drawn_from(trained):
     assert sorted(path.name for path in Path("kept").glob("ckpt*")) == files
 
 
-@pytest.mark.parametrize("flags, times", [(["--compile"], 1), (["--no-compile"], 0), ([], 0)], ids=str)
-def test_compile_is_asked_for_on_a_cpu(trained, monkeypatch, flags, times):
-    monkeypatch.setattr(torch, "compile", Calls(lambda net: net))
+@pytest.mark.parametrize("flags, modes", [([], []), (["--no-compile"], []), (["--compile"], ["reduce-overhead"]),
+                                          (["--compile", "--accum", 2], ["default"]),
+                                          (["--compile", "--grad-ckpt"], ["default"])], ids=str)
+def test_compile_is_asked_for_on_a_cpu_and_only_single_passes_become_cuda_graphs(trained, monkeypatch, flags, modes):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda net, mode: asked.append(mode) or net)
     trained(*flags)
-    assert torch.compile.count == times
+    assert asked == modes
 
 
 def test_device_names_where_to_train(trained, monkeypatch):
