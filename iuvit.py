@@ -9,8 +9,6 @@
     4  time passes an MLP, of which the last layer also reads a vector of the text, if there is one (which layer, and
        that the vector is the normalised mean of the normalised tokens: assumed)
 
-(WideNorm is no change of the network's: a LayerNorm written for torch.compile, for speed.)
-
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, patch, patch, ..];
     6 blocks -------- each output is kept as a skip --------+     text is read by each block, in cross-attention
@@ -124,21 +122,6 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class WideNorm(nn.LayerNorm):
-    """LayerNorm for the FFN's wide rows, of 4D numbers. What differs is what torch.compile makes of it on a GPU."""
-
-    def forward(self, x):
-        return self.by_hand(x) if x.is_cuda and torch.compiler.is_compiling() else super().forward(x)
-
-    def by_hand(self, x):
-        """The variance as E[x^2] - E[x]^2, of two sums in one pass, where torch.compile would make a running mean and
-        variance: a twelfth of the FFN's time. Exact enough: after a GELU no mean is far beyond its row's spread."""
-        x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
-        mean = x.mean(dim=-1, keepdim=True)
-        var = ((x * x).mean(dim=-1, keepdim=True) - mean**2).clamp(min=0)
-        return ((x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(self.weight.dtype)
-
-
 class DWConvFFN(nn.Module):
     """Feed-forward part with a 3x3 depth-wise convolution over the grid of patches (paper, appendix, Fig. 8):
     linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It brings locality back, and the
@@ -150,14 +133,15 @@ class DWConvFFN(nn.Module):
         super().__init__()
         self.grid, self.extras = grid, extras
         self.fc1 = nn.Linear(dim, 4 * dim)
-        self.norm1 = WideNorm(4 * dim)
+        self.norm1 = nn.LayerNorm(4 * dim)
         self.dwconv = nn.Conv2d(4 * dim, 4 * dim, 3, padding=1, groups=4 * dim)
-        self.norm2 = WideNorm(4 * dim)
+        self.norm2 = nn.LayerNorm(4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):                                               # (B, N, D)
-        x = self.norm1(F.gelu(self.fc1(x)))                             # (B, N, 4D)
-        extras, patches = x[:, :self.extras], x[:, self.extras:]
+        x = F.gelu(self.fc1(x))                                         # (B, N, 4D)
+        # each token is normed by itself: after the split, the norm leaves the convolution's input in one piece
+        extras, patches = self.norm1(x[:, :self.extras]), self.norm1(x[:, self.extras:])
         patches = self.dwconv(rearrange(patches, "B (h w) D -> B D h w", h=self.grid))
         x = torch.cat([extras, rearrange(patches, "B D h w -> B (h w) D")], dim=1)
         return self.fc2(self.norm2(F.gelu(x)))
