@@ -423,9 +423,9 @@ def compile_network(net, one_pass):
     """torch.compile. one_pass: a step is one forward and one backward pass, of one process. Those are recorded as CUDA
     graphs, since a GPU is through the kernels of a small network before Python has asked for the next ones.
 
-    Without graphs: the sums of gradients over --accum passes, which PyTorch's graphs get wrong
-    (github.com/pytorch/pytorch/issues/169545), and DDP and --grad-ckpt, which have not been tried with them."""
-    return torch.compile(net, mode="reduce-overhead" if one_pass else "default")
+    Without graphs: sums of gradients over --accum passes, which PyTorch's graphs get wrong (its issue 169545); AMD's
+    GPUs, where networks learnt less with them (187715); DDP and --grad-ckpt, which have not been tried with them."""
+    return torch.compile(net, mode="reduce-overhead" if one_pass and not torch.version.hip else "default")
 
 
 def keep_freed_memory():
