@@ -888,23 +888,10 @@ def open_files(src):
 
 
 # ---- how a picture becomes a square --------------------------------------------------------------
+# A crop is "square", the largest in the middle; "adm", the same as ADM cuts it; "N", the middle N pixels; or a box,
+# "LEFT,TOP,RIGHT,BOTTOM". For a set whose pictures have a box each, "bbox" is theirs.
 
-def read_crop(mode):
-    """--crop MODE -> "square", "adm", "bbox", or a tuple of numbers: (N,) or (left, top, right, bottom)."""
-    if mode in ("square", "adm", "bbox"):
-        return mode
-    if not re.fullmatch(r"[1-9]\d*|\d+,\d+,\d+,\d+", mode):
-        raise UserError(f"--crop {mode} is none of: square (the largest in the middle), adm (the same as ADM cuts "
-                        "it), N (the middle N pixels), LEFT,TOP,RIGHT,BOTTOM (a box)")
-    return tuple(map(int, mode.split(",")))
-
-
-def upright(image):
-    """Turned as the camera was held."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:                                   # damaged EXIF says nothing about up
-        return image
+CROP = r"square|adm|bbox|[1-9]\d*|\d+,\d+,\d+,\d+"
 
 
 def to_rgb(image):
@@ -933,25 +920,27 @@ def adm_square(image, size):
 
 
 def cut(image, crop):
-    """The part of a picture that (N,) or (left, top, right, bottom) stand for, as far as the picture goes."""
-    W, H = image.size
-    if len(crop) == 1:
-        left, top = (W - crop[0]) // 2, (H - crop[0]) // 2
-        crop = left, top, left + crop[0], top + crop[0]
-    left, top, right, bottom = max(0, crop[0]), max(0, crop[1]), min(W, crop[2]), min(H, crop[3])
+    """The part of a picture that "N" or "LEFT,TOP,RIGHT,BOTTOM" stand for, as far as the picture goes."""
+    (W, H), box = image.size, [int(number) for number in crop.split(",")]
+    if len(box) == 1:
+        left, top = (W - box[0]) // 2, (H - box[0]) // 2
+        box = left, top, left + box[0], top + box[0]
+    left, top, right, bottom = max(0, box[0]), max(0, box[1]), min(W, box[2]), min(H, box[3])
     if left >= right or top >= bottom:
         raise ValueError(f"nothing of its {W} x {H} pixels is in the box")
     return image.crop((left, top, right, bottom))
 
 
 def load_square(file, size, crop="square"):
-    """A picture, of an animation the first, cropped as in read_crop -> uint8 (3, S, S). What numbers cut out is then
-    made square, and resized bilinearly, as is done by those who published the boxes."""
+    """A picture, of an animation the first -> uint8 (3, S, S). What numbers cut out is then made square, and resized
+    bilinearly, as is done by those who published the boxes."""
     with Image.open(file) as image:
         if crop == "square":
             image.draft("RGB", (3 * size, 3 * size))    # JPEG can decode smaller, and much faster
         image.load()
-        image = to_rgb(upright(image))
+        with contextlib.suppress(Exception):            # damaged EXIF says nothing about up
+            image = ImageOps.exif_transpose(image)
+        image = to_rgb(image)
     how = dict(resample=Image.Resampling.BICUBIC, reducing_gap=3.0)
     if crop == "adm":
         image = adm_square(image, size)
@@ -992,15 +981,15 @@ def in_threads(work, items):
 
 def pictures_source(place, names, size, limit, crop, classes=(), label=None, captions=None, boxes=None):
     """A Source of pictures in a place, by their names. label(name) -> int and captions(name) -> list of str, where
-    there are such; boxes: name -> (left, top, right, bottom), for crop "bbox"."""
+    there are such; boxes: name -> its crop, for crop "bbox"."""
     if len(names) == 0:
         raise UserError(f"no pictures in {place.src} or below; looked for {' '.join(EXTENSIONS)}")
     warnings.filterwarnings("ignore", module="PIL")     # remarks on files that it reads all the same
-    names, skipped, mode = spread(names, limit), [], read_crop(crop)
+    names, skipped = spread(names, limit), []
     size = size or natural_size(place, names)
 
     def square(name):
-        return load_or_reason(functools.partial(place.open, name), size, boxes[name] if mode == "bbox" else mode)
+        return load_or_reason(functools.partial(place.open, name), size, boxes[name] if crop == "bbox" else crop)
 
     def items():
         for name, found in zip(names, in_threads(square, names)):
@@ -1018,8 +1007,8 @@ def pictures_source(place, names, size, limit, crop, classes=(), label=None, cap
 
 def in_place_source(place, size, limit, crop):
     """A Source that is an index of tars or an lmdb, whose pictures would take many times the space decoded."""
-    names, mode = place.names[:limit], read_crop(crop)
-    reasons = [load_or_reason(functools.partial(place.open, name), size or 64, mode) for name in spread(names, 20)]
+    names = place.names[:limit]
+    reasons = [load_or_reason(functools.partial(place.open, name), size or 64, crop) for name in spread(names, 20)]
     if all(isinstance(reason, str) for reason in reasons):
         raise UserError(f"{place.src} holds no pictures that can be read: {(reasons or ['no pictures at all'])[0]}")
     notes = dict(crop=crop, sha256=place.sha256, place=type(place).__name__, shards=getattr(place, "shards", None))
@@ -1182,7 +1171,7 @@ def birds_source(src, size, limit, crop):
             if training[number] == "1":
                 x, y, w, h = (int(float(v)) for v in box[number].split())
                 r, cx, cy = int(max(w, h) * 0.75), (2 * x + w) // 2, (2 * y + h) // 2
-                boxes[f"{top}images/{file}"] = cx - r, cy - r, cx + r, cy + r
+                boxes[f"{top}images/{file}"] = f"{cx - r},{cy - r},{cx + r},{cy + r}"
                 label[f"{top}images/{file}"] = int(kind[number]) - 1
         classes = [kinds[str(i + 1)].split(".")[-1].replace("_", " ") for i in range(len(kinds))]
     except (OSError, IndexError, KeyError, ValueError) as e:
@@ -1293,15 +1282,19 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     """Convert a set into DATA_DIR/NAME. True if that was done now, False if it had been before.
 
     src: where its pictures are (emoji: the font); size: pixels a side, for sets of your own; limit: at most so many
-    pictures; crop: see read_crop; classes: attributes of faces. UserError if the source is no good, the disk too
+    pictures; crop: see CROP; classes: attributes of faces. UserError if the source is no good, the disk too
     small, or the set there with another src, size, limit, crop or classes than asked for."""
     folder, row = set_folder(name, data_dir), BUILT_IN.get(name, OWN)
     if size is not None and (size < 8 or row["size"] not in (None, size)):
         raise UserError(f"--size {size}: " + (f"{name} is always {row['size']} pixels"
                                               if row["size"] else "must be at least 8"))
-    if crop is not None and ("crop" not in row or read_crop(crop) == "bbox" != row["crop"]):
-        raise UserError(f"--crop {crop}: {name} has no such boxes" if "crop" in row else
-                        f"--crop: the pictures of {name} are square already")
+    if crop is not None and "crop" not in row:
+        raise UserError(f"--crop: the pictures of {name} are square already")
+    if crop == "bbox" != row["crop"]:
+        raise UserError(f"--crop {crop}: {name} has no such boxes")
+    if crop is not None and not re.fullmatch(CROP, crop):
+        raise UserError(f"--crop {crop} is none of: square (the largest in the middle), adm (the same as ADM cuts "
+                        "it), N (the middle N pixels), LEFT,TOP,RIGHT,BOTTOM (a box)")
     if classes is not None and row["source"] not in (CELEBA, CELEBA_HQ):
         raise UserError("--classes: only celeba64 and celebahq256 have attributes")
     src = src and os.path.abspath(os.path.expanduser(src))
@@ -1441,7 +1434,7 @@ class InPlace:
         if meta["place"] == "Tars" and self.place.sha256 != meta["sha256"]:
             raise UserError(f"the shards in {meta['source']} have changed since {folder} was made of them: "
                             f"{removal(folder)}, and prepare it again")
-        self.size, self.crop, self.skipped = meta["size"], read_crop(meta["crop"]), os.path.join(folder, "skipped.txt")
+        self.size, self.crop, self.skipped = meta["size"], meta["crop"], os.path.join(folder, "skipped.txt")
 
     def __len__(self):
         return len(self.names)
