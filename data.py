@@ -1420,61 +1420,38 @@ def read_lines(path):
     return Rows(len(ends), entry)
 
 
-class InPlace:
-    """The pictures of a set that was not converted, decoded when they are asked for. names: (N, ...), memory-mapped,
-    of the pictures in `place`: see Tars and Lmdb."""
-
-    def __init__(self, folder, meta):
-        self.names = np.load(os.path.join(folder, "index.npy"), mmap_mode="r")
-        try:
-            self.place = (Tars(meta["source"], self.names, meta["shards"]) if meta["place"] == "Tars" else
-                          Lmdb(meta["source"], self.names))
-        except OSError as e:
-            raise UserError(f"the pictures of {folder} lie in {meta['source']}: {e}")
-        if meta["place"] == "Tars" and self.place.sha256 != meta["sha256"]:
-            raise UserError(f"the shards in {meta['source']} have changed since {folder} was made of them: "
-                            f"{removal(folder)}, and prepare it again")
-        self.size, self.crop, self.skipped = meta["size"], meta["crop"], os.path.join(folder, "skipped.txt")
-
-    def __len__(self):
-        return len(self.names)
-
-    def decode(self, number, n):
-        """The picture of this number, or else the next of the first n that can be read, the same at every visit; its
-        number."""
-        for i in (j % n for j in range(number, number + 100)):
-            file = self.place.open(self.names[i])       # if this fails, it is the disk's fault and no picture's
-            square = load_or_reason(lambda: file, self.size, self.crop)
-            if not isinstance(square, str):
-                return square, i
-            self.note(f"{self.place.title(self.names[i])}\t{square}\n".encode(errors="backslashreplace"))
-        raise LocalError(f"100 pictures in a row cannot be read, number {number} and after: see {self.skipped}")
-
-    def note(self, line):
-        """Add a line to skipped.txt, once, whichever process comes by."""
-        with contextlib.suppress(OSError), open(self.skipped, "a+b") as f:
-            f.seek(0)
-            if line not in f.readlines():
-                f.write(line)
+def open_place(folder, meta):
+    """Where the pictures of a set are that was not converted: a Tars or an Lmdb, with the names of those of the set."""
+    names = np.load(os.path.join(folder, "index.npy"), mmap_mode="r")
+    try:
+        if meta["place"] == "Lmdb":
+            return Lmdb(meta["source"], names)
+        place = Tars(meta["source"], names, meta["shards"])
+    except OSError as e:
+        raise UserError(f"the pictures of {folder} lie in {meta['source']}: {e}")
+    if place.sha256 != meta["sha256"]:
+        raise UserError(f"the shards in {meta['source']} have changed since {folder} was made of them: "
+                        f"{removal(folder)}, and prepare it again")
+    return place
 
 
 class Pictures:
-    """A prepared set: name, size, classes (names), flip; images uint8 (N, 3, S, S), memory-mapped, or InPlace; labels
-    int64 (N,) and captions (like a list, of lists of str), or None; fingerprint, which differs between sets of one name
-    that were made of other pictures or in another way. UserError if its files are damaged."""
+    """A prepared set: name, size, classes (names), flip; images uint8 (N, 3, S, S), memory-mapped, or else the place
+    where they have stayed, to be decoded when they are asked for; labels int64 (N,) and captions (like a list, of lists
+    of str), or None; fingerprint, which differs between sets of one name that were made of other pictures or in another
+    way. UserError if its files are damaged."""
 
     def __init__(self, folder):
         meta, captions = read_meta(folder), Path(folder, "captions.jsonl")
-        self.folder, self.labels, self.captions = folder, None, None
+        self.folder, self.images, self.place, self.labels, self.captions = folder, None, None, None, None
         try:
-            self.name, self.size = meta["name"], meta["size"]
+            self.name, self.size, self.n = meta["name"], meta["size"], meta["n"]
             self.classes, self.flip = meta["classes"], meta["flip"]
             self.fingerprint = digest(str(meta.get(key)) for key in ("n", "size", "classes", "crop", "sha256"))[:16]
             if "place" in meta:
-                self.images = InPlace(folder, meta)
+                self.place, self.crop = open_place(folder, meta), meta["crop"]
                 if meta["place"] == "Tars" and meta["captions"]:
-                    names, place = self.images.names, self.images.place
-                    self.captions = Rows(len(names), lambda i: place.captions(names[i]))
+                    self.captions = Rows(self.n, lambda i: self.place.captions(self.place.names[i]))
             else:
                 self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
                 if (self.images.dtype, self.images.shape[1:]) != (np.uint8, (3, self.size, self.size)):
@@ -1485,8 +1462,8 @@ class Pictures:
                     raise ValueError(f"its labels are not int64 classes below {len(self.classes)}")
             if captions.exists():
                 self.captions = read_lines(captions)
-            parts = (self.images, self.labels, self.captions)
-            if any(len(part) != meta["n"] for part in parts if part is not None):
+            parts = (self.place.names if self.place else self.images, self.labels, self.captions)
+            if any(len(part) != self.n for part in parts if part is not None):
                 raise ValueError("its files are of different lengths")
         except UserError:                               # of what lies elsewhere
             raise
@@ -1494,7 +1471,7 @@ class Pictures:
             raise UserError(f"{folder} is damaged ({e}): {removal(folder)}, and prepare it again")
 
     def __len__(self):
-        return len(self.images)
+        return self.n
 
     def __reduce__(self):                               # a pickled memory map takes its data along
         return Pictures, (self.folder,)
@@ -1502,17 +1479,34 @@ class Pictures:
     def take(self, index, n=None):
         """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers int64 (B,): those that
         were asked for, but where a picture that lies in place cannot be read the next of the first n that can."""
-        if not isinstance(self.images, InPlace):
+        if self.place is None:
             return self.images[index], index
-        images, numbers = zip(*(self.images.decode(int(i), n or len(self)) for i in index))
+        images, numbers = zip(*(self.decode(int(i), n or self.n) for i in index))
         return np.stack(images), np.array(numbers, np.int64)
+
+    def decode(self, number, n):
+        """The picture of this number, or else the next of the first n that can be read, the same at every visit; its
+        number."""
+        skipped = os.path.join(self.folder, "skipped.txt")
+        for i in (j % n for j in range(number, number + 100)):
+            name = self.place.names[i]
+            file = self.place.open(name)                # if this fails, it is the disk's fault and no picture's
+            square = load_or_reason(lambda: file, self.size, self.crop)
+            if not isinstance(square, str):
+                return square, i
+            line = f"{self.place.title(name)}\t{square}\n".encode(errors="backslashreplace")
+            with contextlib.suppress(OSError), open(skipped, "a+b") as f:
+                f.seek(0)
+                if line not in f.readlines():           # whichever process comes by
+                    f.write(line)
+        raise LocalError(f"100 pictures in a row cannot be read, number {number} and after: see {skipped}")
 
     def parts(self, n):
         """The first n pictures by the shard that they lie in, {its name: range}; {"": all of them} without shards."""
-        if not (isinstance(self.images, InPlace) and isinstance(self.images.place, Tars)):
+        if not isinstance(self.place, Tars):
             return {"": range(n)}
-        shards = self.images.place.shards
-        ends = np.searchsorted(self.images.names[:n, 0], range(len(shards)), "right").tolist()
+        shards = self.place.shards
+        ends = np.searchsorted(self.place.names[:n, 0], range(len(shards)), "right").tolist()
         return {shard.removesuffix(".tar"): range(start, end)
                 for shard, start, end in zip(shards, [0, *ends], ends) if start < end}
 
