@@ -745,11 +745,9 @@ class Folder(Place):
                 subfolders.clear()
                 continue
             subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))]
-            inside = os.path.relpath(folder, src).replace(os.sep, "/") + "/"
-            for f in files:
-                path = Path(folder, f)
-                if not f.startswith(".") and not path.is_fifo():        # opening a pipe would wait for a writer
-                    sizes[(inside + f).removeprefix("./")] = path.stat().st_size if path.exists() else -1
+            for path in (Path(folder, f) for f in files if not f.startswith(".")):
+                if not path.is_fifo():                  # opening a pipe would wait for a writer
+                    sizes[path.relative_to(src).as_posix()] = path.stat().st_size if path.exists() else -1
         self.names = sorted(sizes)
         self.sha256 = digest(f"{name}\t{sizes[name]}" for name in self.names)
 
@@ -1069,10 +1067,7 @@ def read_metadata(place, table):
 
 def folder_captions(place, names):
     """captions(name), or None. From metadata.jsonl files, else metadata.csv files, else a .txt beside each picture."""
-    def beside(name):
-        return os.path.splitext(name)[0] + ".txt"
-
-    files, found = set(place.names), {}
+    files, found, beside = set(place.names), {}, {}
     for file in ("metadata.jsonl", "metadata.csv"):
         for table in place.find(re.escape(file)):
             found.update(read_metadata(place, table))
@@ -1080,11 +1075,13 @@ def folder_captions(place, names):
             break
     if absent := sorted(found.keys() - files):
         raise UserError(f"{file} speaks of {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
+    if not found:
+        beside = {name: text for name in names if (text := os.path.splitext(name)[0] + ".txt") in files}
 
     def captions(name):
-        return found.get(name, [""]) if found or beside(name) not in files else caption_lines(place.text(beside(name)))
+        return caption_lines(place.text(beside[name])) if name in beside else found.get(name, [""])
 
-    without = sum(name not in found if found else beside(name) not in files for name in names)
+    without = sum(name not in found and name not in beside for name in names)
     if 0 < without < len(names):
         print(f"warning: {without:,} of {len(names):,} pictures have no caption", file=sys.stderr)
     return captions if without < len(names) else None
