@@ -148,12 +148,8 @@ def alone(folder):
         if not lock(f):
             tqdm.write(f"another process is at work in {folder}: waiting for it", file=sys.stderr)
             lock(f, wait=True)
-        try:
-            ours = os.path.samefile(path, f.fileno())
-        except FileNotFoundError:
-            ours = False
-        if not ours:                                    # the one we waited for took it away: whose turn is it?
-            with alone(folder):
+        if not (path.exists() and os.path.samefile(path, f.fileno())):
+            with alone(folder):                         # the one we waited for took it away: whose turn is it?
                 yield
             return
         try:
@@ -1739,9 +1735,8 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
         longest = max(meta.get("longest", MAX_TOKENS) for meta in metas.values())
         shards = {name: meta["n"] for name, meta in metas.items()}
         whole = dict(encoder=encoder.name, width=encoder.width, **total, longest=longest, shards=shards)
-        own = folder / f"meta-{rank}.json"              # two may end at the same time
-        write_file(own, lambda f: f.write(json.dumps(whole, indent=1).encode()))
-        os.replace(own, folder / "meta.json")
+        with alone(folder):                             # two may end at the same time
+            write_file(folder / "meta.json", lambda f: f.write(json.dumps(whole, indent=1).encode()))
     return True
 
 
