@@ -212,6 +212,11 @@ def mix(*ints):
     return h if any(isinstance(v, np.ndarray) for v in ints) else int(h[0])
 
 
+def uniform(*ints):
+    """As mix, but float64 in [0, 1): by integers and single roundings, so that it is the same on any machine."""
+    return (mix(*ints) >> 11) * 2.0 ** -53
+
+
 def seed32(*ints):
     """A seed that every generator takes, from any integers."""
     return mix(*ints) % 2 ** 32
@@ -319,15 +324,9 @@ def draw_shapes(index, size):
     number i is the same everywhere and for ever."""
     index = np.asarray(index, np.int64)
 
-    def choice(purpose, n):
-        return (mix(index, purpose) % n).astype(np.int64)
-
-    def uniform(purpose):                               # float64 in [0, 1)
-        return (mix(index, purpose) >> 11) * 2.0 ** -53
-
-    colour, shape, grey = choice(0, 6), choice(1, 4), choice(2, 3)
-    box = 0.40 + 0.35 * uniform(3)
-    x, y = box / 2 + (1 - box) * uniform(4), box / 2 + (1 - box) * uniform(5)   # fully inside
+    colour, shape, grey = ((mix(index, purpose) % n).astype(np.int64) for purpose, n in enumerate((6, 4, 3)))
+    box = 0.40 + 0.35 * uniform(index, 3)
+    x, y = (box / 2 + (1 - box) * uniform(index, purpose) for purpose in (4, 5))        # fully inside
     images = np.empty((len(index), 3, size, size), np.uint8)
     for i, row in enumerate(zip(colour, shape, x, y, box)):
         images[i] = paint(GREYS[grey[i]], [Object(*row)], size)
@@ -375,19 +374,19 @@ def draw_scene(index, held_out=False):
     def choice(purpose, n):
         return mix(index, SCENE, purpose) % n
 
-    def uniform(purpose):
-        return (mix(index, SCENE, purpose) >> 11) * 2.0 ** -53
+    def part(purpose):
+        return uniform(index, SCENE, purpose)
 
     def phrase(size, colour, shape):
         return f"a {list(SIDES)[size]} {list(PALETTE)[colour]} {SHAPES[shape]}"
 
     sizes, shapes = (choice(0, 2), choice(1, 2)), (choice(2, 4), choice(3, 4))
-    boxes = [low + (high - low) * uniform(4 + i) for i in range(2) for low, high in [list(SIDES.values())[sizes[i]]]]
+    boxes = [low + (high - low) * part(4 + i) for i in range(2) for low, high in [list(SIDES.values())[sizes[i]]]]
     grey = GREYS[choice(6, 3)]
     if not held_out and choice(7, 2) == 0:
         colour, place = choice(8, 6), list(PLACES)[choice(9, 5)]
-        box = [boxes[0], SIDES["large"][0] + (ALONE - SIDES["large"][0]) * uniform(4)][sizes[0]]
-        x, y = (np.clip(0.5 + d + 0.12 * (uniform(10 + i) - 0.5), box / 2, 1 - box / 2)
+        box = [boxes[0], SIDES["large"][0] + (ALONE - SIDES["large"][0]) * part(4)][sizes[0]]
+        x, y = (np.clip(0.5 + d + 0.12 * (part(10 + i) - 0.5), box / 2, 1 - box / 2)
                 for i, d in enumerate(PLACES[place]))
         return grey, [Object(colour, shapes[0], x, y, box)], f"{phrase(sizes[0], colour, shapes[0])} {place}"
 
@@ -399,12 +398,12 @@ def draw_scene(index, held_out=False):
 
     # along the relation's axis each has its part of the side, across it is near the middle
     slack = 1 - boxes[0] - boxes[1] - GAP
-    before, after = slack * uniform(11), slack * (1 - uniform(11)) * uniform(12)
+    before, after = slack * part(11), slack * (1 - part(11)) * part(12)
     name, (dx, dy) = list(RELATIONS.items())[relation]
     first, centres = 0 if dx + dy < 0 else 1, []        # which object comes first from the left, or from the top
     for i in range(2):
         along = before + boxes[i] / 2 if i == first else 1 - after - boxes[i] / 2
-        across = 0.5 + 0.16 * (uniform(13 + i) - 0.5)
+        across = 0.5 + 0.16 * (part(13 + i) - 0.5)
         centres.append((along, across) if dx else (across, along))
     objects = [Object(colours[i], shapes[i], *centres[i], boxes[i]) for i in range(2)]
     return grey, objects, f"{phrase(sizes[0], colours[0], shapes[0])} {name} {phrase(sizes[1], colours[1], shapes[1])}"
@@ -1556,8 +1555,8 @@ INSTALL_T5 = "pip install transformers sentencepiece protobuf"
 
 @functools.lru_cache(maxsize=100_000)
 def random_vector(*address, width):
-    """float64 (width,), uniform, of mean 0 and variance 1. By integers and single roundings: the same anywhere."""
-    return ((mix(WORD, *address, np.arange(width)) >> 11) * 2.0 ** -53 - 0.5) * math.sqrt(12)
+    """float64 (width,), uniform, of mean 0 and variance 1."""
+    return (uniform(WORD, *address, np.arange(width)) - 0.5) * math.sqrt(12)
 
 
 class Words:
