@@ -381,11 +381,11 @@ def draw_scene(index, held_out=False):
         return f"a {list(SIDES)[size]} {list(PALETTE)[colour]} {SHAPES[shape]}"
 
     sizes, shapes = (choice(0, 2), choice(1, 2)), (choice(2, 4), choice(3, 4))
-    boxes = [low + (high - low) * part(4 + i) for i in range(2) for low, high in [list(SIDES.values())[sizes[i]]]]
+    boxes = [low + (high - low) * part(4 + i) for i, (low, high) in enumerate(list(SIDES.values())[s] for s in sizes)]
     grey = GREYS[choice(6, 3)]
     if not held_out and choice(7, 2) == 0:
         colour, place = choice(8, 6), list(PLACES)[choice(9, 5)]
-        box = [boxes[0], SIDES["large"][0] + (ALONE - SIDES["large"][0]) * part(4)][sizes[0]]
+        box = SIDES["large"][0] + (ALONE - SIDES["large"][0]) * part(4) if sizes[0] else boxes[0]
         x, y = (np.clip(0.5 + d + 0.12 * (part(10 + i) - 0.5), box / 2, 1 - box / 2)
                 for i, d in enumerate(PLACES[place]))
         return grey, [Object(colour, shapes[0], x, y, box)], f"{phrase(sizes[0], colour, shapes[0])} {place}"
@@ -1101,10 +1101,6 @@ def folder_source(src, size, limit, crop, in_place=False):
 
 # ---- the sets of the paper -----------------------------------------------------------------------
 
-# CC12M and LAION as img2dataset leaves them, LSUN bedroom as an lmdb
-big_source = functools.partial(folder_source, in_place=True)
-
-
 def read_table(place, stem, columns=None):
     """A table of CelebA: lines of a file name and integers, below a line of column names if they have any; as .txt,
     or as the .csv of Kaggle -> {file: its integers in these columns, or the last one}; {} if it is not there."""
@@ -1213,12 +1209,13 @@ def imagenet_source(src, size, limit):
 # and right of (those of birds hardly do); None: if it has no captions. crop: how pictures are cut where nobody asks
 # for another way. src: what --src must be.
 
+BIG = functools.partial(folder_source, in_place=True)                   # CC12M and LAION as shards, bedroom as an lmdb
 CELEBA = functools.partial(faces_source, images="img_align_celeba", attributes="list_attr_celeba",
                            split="list_eval_partition")
 CELEBA_HQ = functools.partial(faces_source, images="CelebA-HQ-img", attributes="CelebAMask-HQ-attribute-anno")
 BIRDS = dict(classes=numbered(200), captions=True, flip=True, source=birds_source, crop="bbox",
              src="the folder with CUB_200_2011 and, for captions, cvpr2016_cub")
-SHARDS = dict(classes=[], captions=True, flip=False, source=big_source, crop="square",
+SHARDS = dict(classes=[], captions=True, flip=False, source=BIG, crop="square",
               src="the folder of .tar shards that img2dataset wrote")
 LSUN = dict(size=256, classes=[], captions=False, flip=True, crop="square")
 
@@ -1235,7 +1232,7 @@ BUILT_IN = {
                         src="the folder with CelebA-HQ-img"),
     "church128":   dict(LSUN, size=128, source=folder_source, src="church_outdoor_train_lmdb"),
     "church256":   dict(LSUN, source=folder_source, src="church_outdoor_train_lmdb"),
-    "bedroom256":  dict(LSUN, source=big_source, src="bedroom_train_lmdb"),
+    "bedroom256":  dict(LSUN, source=BIG, src="bedroom_train_lmdb"),
     "cub64":       dict(BIRDS, size=64),
     "cub128":      dict(BIRDS, size=128),
     "imagenet64":  dict(size=64, classes=numbered(1000), captions=False, flip=True, source=imagenet_source,
@@ -1826,11 +1823,9 @@ def find_encoder(name, data_dir, asked):
         raise UserError(f"{name} has no captions: prepare it with some, or leave --cond text out")
     found = sorted(path.parent for path in Path(folder, "text").glob("*/meta.json"))
     there = {path.name: read_meta(path, FEATURES) for path in found}
-    source = BUILT_IN.get(name, OWN)["source"]
     if not asked:
-        asked = "words" if source in (captions_source, emoji_source) else list(there)[0] if len(there) == 1 else ""
-    known = there.get(os.path.basename(text_folder(folder, asked))) if asked else None
-    if known:
+        asked = "words" if name in NO_SOURCE else list(there)[0] if len(there) == 1 else ""
+    if known := there.get(os.path.basename(text_folder(folder, asked))):
         return known["encoder"], known["width"]
     if asked == "words":
         return Words.name, Words.width
