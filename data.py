@@ -1651,8 +1651,7 @@ def encode_part(folder, captions, numbers, encoder):
             done = [json.loads(line) for line in lines if line.endswith(b"\n")] if found == owner else []
             done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
             of, sizes = ([n for chunk in done for n in chunk[i]] for i in range(2))
-            T = sum(sizes)
-            start = len(header.getvalue()) + 2 * encoder.width * T
+            start = len(header.getvalue()) + 2 * encoder.width * sum(sizes)
             if done and os.path.getsize(paths[0]) < start:
                 raise ValueError("tokens are missing")
         except (ValueError, TypeError, LookupError):    # the machine went down, not the program
@@ -1668,24 +1667,23 @@ def encode_part(folder, captions, numbers, encoder):
             chunk = [list(map(len, here)), list(map(len, rows))]
             of += chunk[0]
             sizes += chunk[1]
-            T += sum(chunk[1])
             tokens.writelines(row.tobytes() for row in rows)
             tokens.flush()
             chunks.write(json.dumps(chunk).encode() + b"\n")
             chunks.flush()
-            yield len(of), 2 * encoder.width * T
+            yield len(of), tokens.tell() - len(header.getvalue())
         null = encode(encoder, [""])[0]
         tokens.write(null.tobytes())
+        sizes.append(len(null))
     with open(paths[0], "r+b") as f:                    # numpy pads headers, so that T may grow
-        T += len(null)
-        np.lib.format.write_array_header_1_0(f, dict(kind, shape=(T, encoder.width)))
+        np.lib.format.write_array_header_1_0(f, dict(kind, shape=(sum(sizes), encoder.width)))
         os.fsync(f.fileno())
-    for name, steps in (("offsets", [*sizes, len(null)]), ("caption_of", of)):
+    for name, steps in (("offsets", sizes), ("caption_of", of)):
         ends = np.cumsum([0, *steps], dtype=np.int64)
         write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
     os.replace(paths[0], folder / "tokens.npy")
-    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes), tokens=T,
-                longest=max([*sizes, len(null)]))
+    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes) - 1, tokens=sum(sizes),
+                longest=max(sizes))
     write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
     paths[1].unlink()
 
