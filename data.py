@@ -148,8 +148,12 @@ def alone(folder):
         if not lock(f):
             tqdm.write(f"another process is at work in {folder}: waiting for it", file=sys.stderr)
             lock(f, wait=True)
-        if not (path.exists() and os.path.samefile(path, f.fileno())):
-            with alone(folder):                         # the one we waited for took it away: whose turn is it?
+        try:
+            ours = os.path.samefile(path, f.fileno())
+        except FileNotFoundError:
+            ours = False
+        if not ours:                                    # the one we waited for took it away: whose turn is it?
+            with alone(folder):
                 yield
             return
         try:
