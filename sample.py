@@ -99,9 +99,9 @@ def load(path, weights="ema", device="cpu"):
         info = config["info"]
         classes = len(info["classes"]) if config["cond"] == "class" else 0
         net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
-        net.load_state_dict(state)
+        net.load_state_dict(exactly(net, state))
         diffusion.on_clock(net, config["clock"])
-    except (KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
+    except (AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
         fail(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
 
@@ -290,11 +290,9 @@ def highlight(pictures, maps):
 
 # ---- weights of other people ---------------------------------------------------------------------------------
 
-def exactly(model, arguments, weights):
-    """weights, if they are those of model(**arguments) by name and shape. ValueError names a few that are not."""
-    with torch.device("meta"):
-        own = {name: tuple(p.shape) for name, p in model(**arguments).state_dict().items()}
-    found = {name: tuple(p.shape) for name, p in weights.items()}
+def exactly(net, weights):
+    """weights, if they are those of a network by name and shape. ValueError names a few that are not."""
+    own, found = ({name: tuple(p.shape) for name, p in there.items()} for there in (net.state_dict(), weights))
     wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
              for name in {**own, **found} if own.get(name) != found.get(name)]
     if wrong:
@@ -344,8 +342,9 @@ def read_uvit(weights):
                      depth=sum(name.endswith(".norm1.weight") for name in weights))
     ours = renamed(weights, {"patch_embed.proj.": "patch_embed.", "label_emb.": "class_embed.", ".mlp.": ".ffn.",
                              "decoder_pred.": "to_pixels.", "final_layer.": "head."})
-    facts = dict(schedule="linear", prediction="eps", clock="uvit")
-    return arguments, exactly(UViT, arguments, ours), facts
+    with torch.device("meta"):
+        net = UViT(**arguments)
+    return arguments, exactly(net, ours), dict(schedule="linear", prediction="eps", clock="uvit")
 
 
 # The layouts of ADM's published files: (dim_mults) -> what cannot be seen from shapes. Common to all:
@@ -398,8 +397,9 @@ def read_adm(weights):
         if name.endswith((".qkv.weight", ".proj.weight")):
             p = p[..., None]                                            # 1-D convolutions there, 2-D ones here
         ours[name] = p[:3] if name.startswith("head.") else p
-    facts = dict(schedule=known["schedule"], prediction="eps", clock="adm")
-    return arguments, exactly(UNet, arguments, ours), facts
+    with torch.device("meta"):
+        net = UNet(**arguments)
+    return arguments, exactly(net, ours), dict(schedule=known["schedule"], prediction="eps", clock="adm")
 
 
 # what to do with them, by a name that they hold

@@ -371,13 +371,11 @@ def start_from(net, config, info):
     if not kept:
         weights.pop(key, None)
         weights.update({key: own[key]} if key in own else {})
-    theirs, mine = ({name: tuple(p.shape) for name, p in tensors.items()} for tensors in (weights, own))
-    wrong = [f"{name} {theirs.get(name, 'none')} there, {mine.get(name, 'none')} here"
-             for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
-    if wrong:
+    try:
+        net.load_state_dict(sample.exactly(net, weights))
+    except ValueError as e:
         fail(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
-             f"{info['size']}x{info['size']} pictures: {'; '.join(wrong[:3])}")
-    net.load_state_dict(weights)
+             f"{info['size']}x{info['size']} pictures: {e}")
     anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
     return f"starting from {config.init_from}{anew}"
 
