@@ -13,7 +13,6 @@ From a notebook: `from sample import load; net, config = load("ckpt.pt")`, then 
 import argparse
 import contextlib
 import datetime
-import functools
 import json
 import math
 import os
@@ -151,8 +150,10 @@ def parse(argv):
     p.add_argument("--encoder", help="where the text encoder lies, or what it is called, if no longer as in training")
     p.add_argument("--attend", metavar="WORD", help="show beside each picture where this word of the prompts was read")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="samples.png", help="a .png is one sheet; anything else a folder of single PNGs")
-    p.add_argument("--npz", help="also write arr_0 (N, H, W, 3) uint8, for FID tools, and arr_1, classes or prompts")
+    p.add_argument("--out", type=Path, default="samples.png",
+                   help="a .png is one sheet; anything else a folder of single PNGs")
+    p.add_argument("--npz", type=Path, help="also write arr_0 (N, H, W, 3) uint8, for FID tools, and arr_1, classes or "
+                   "prompts")
     p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -168,20 +169,57 @@ def parse(argv):
         fail(f"--cfg takes a float, or several like 1,2,4, not {args.cfg!r}")
     if not np.isfinite(args.cfg or 0).all():
         fail(f"--cfg must be a finite number, not {args.cfg}")
-    if args.cfg and len(args.cfg) > 1 and (args.npz or Path(args.out).suffix != ".png"):
+    if args.cfg and len(args.cfg) > 1 and (args.npz or args.out.suffix != ".png"):
         fail("several scales of --cfg are rows of a sheet: --out is a .png then, and there is no --npz")
+    if args.compile and args.attend:
+        fail("--attend watches the network from inside, which a compiled one does not allow: leave out --compile")
     if args.seed < 0:
         fail("--seed must not be negative")
     return args
 
 
-def classes_of(args, config):
-    """The class of each of the n pictures, int64 (n,), or None for an unconditional model."""
-    names = config["info"]["classes"]
-    if config["cond"] != "class":
-        if args.classes:
-            fail("this model is not conditional on classes: it takes no --classes")
-        return None
+def settle(args, config):
+    """What was not asked for is taken from the run. UserError for what its network cannot do."""
+    cond = config["cond"]
+    for name, needed in dict(classes="class", prompt="text", attend="text", encoder="text").items():
+        if getattr(args, name) and cond != needed:
+            fail(f"this model is of condition {cond}: it takes no --{name}")
+    if args.score and not (config["data"] in SCORED and cond != "none"):
+        fail(f"--score reads the pictures of conditional models of shapes; this one is of {config['data']}, "
+             f"condition {cond}")
+    if args.cfg not in (None, [1]) and (cond == "none" or config["drop"] == 0):
+        fail("--cfg needs a model trained with and without its condition; this one was not"
+             + ("; `python train.py --init-from` trains it so" if cond != "none" else ""))
+    args.cfg = args.cfg or [config["cfg"]]
+    args.sampler, args.steps = args.sampler or config["sampler"], args.steps or config["sample_steps"]
+    args.prompt = args.prompt and with_files(args.prompt)
+    if args.n is None:
+        args.n = 8 if len(args.cfg) > 1 else 64
+        if args.prompt:                                                 # whole rounds of them
+            args.n = max(1, args.n // max(8, len(args.prompt))) * len(args.prompt)
+    if len(args.cfg) > 1 and len(args.cfg) * args.n > SHEET:
+        fail(f"a sheet holds {SHEET:,} pictures, and {len(args.cfg)} rows of {args.n:,} are more: use a smaller --n")
+
+
+def with_files(prompts):
+    """The prompts asked for, [str], of which some may be the same: for @FILE its lines."""
+    found = []
+    for prompt in prompts:
+        if prompt.startswith("@"):
+            try:
+                lines = Path(prompt[1:]).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            except OSError as e:
+                fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
+            found += [line.strip() for line in lines if line.strip()]
+        else:
+            found.append(prompt)
+    if not found:
+        fail("--prompt: the file holds no prompts")
+    return found
+
+
+def classes_of(args, names):
+    """The class of each of the n pictures, int64 (n,)."""
     try:
         asked = [int(c) for c in args.classes.split(",")] if args.classes else range(len(names))
     except ValueError:
@@ -192,48 +230,26 @@ def classes_of(args, config):
     return torch.tensor([asked[i % len(asked)] for i in range(args.n)])
 
 
-def prompts_of(args, config):
-    """The prompts asked for, [str], of which some may be the same; None for a model that takes none."""
-    if config["cond"] != "text":
-        for name in ("prompt", "attend", "encoder"):
-            if getattr(args, name):
-                fail(f"this model is not conditional on text: it takes no --{name}")
-        return None
-    prompts = []
-    for prompt in args.prompt or config["text"]["captions"]:
-        if args.prompt and prompt.startswith("@"):
-            try:
-                lines = Path(prompt[1:]).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            except OSError as e:
-                fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
-            prompts += [line.strip() for line in lines if line.strip()]
-        else:
-            prompts.append(prompt)
-    if not prompts:
-        fail("--prompt: the file holds no prompts")
-    return prompts
-
-
-def encoder_of_training(name, text):
-    """The encoder that the network was trained with, from where it lies now. UserError if it is another one: it makes
-    other features of the empty caption."""
+def features_of(prompts, args, text):
+    """[float16 (L, d)] of the prompts, by the encoder that the network was trained with, and which of their tokens are
+    the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is gone when drawing begins."""
+    known = dict(zip(text["captions"], text["rows"]))                   # those need none
+    rows = [known.get(prompt) for prompt in prompts]
+    familiar = all(row is not None for row in rows)
+    if familiar and not args.attend:
+        return rows, None
+    name = args.encoder or text["encoder"]
     encoder = data.load_encoder(name)
     here, there = torch.from_numpy(data.encode(encoder, [""])[0]).float(), text["null"].float()
     if here.shape != there.shape or F.cosine_similarity(here, there).min() < 0.98:      # other devices round otherwise
         fail(f"the encoder {name} makes other features of the empty caption than {text['encoder']} did, by which the "
              "network was trained: name where that one lies now with --encoder")
-    return encoder
-
-
-def features_of(prompts, text, encoder):
-    """[float16 (L, d)] of the prompts, by the encoder that the network was trained with; encoder() loads it."""
-    known = dict(zip(text["captions"], text["rows"]))                   # those need none
-    if all(prompt in known for prompt in prompts):
-        return [known[prompt] for prompt in prompts]
-    for prompt, tokens in zip(prompts, encoder().tokens(prompts)):
-        if len(tokens) > data.MAX_TOKENS:
-            print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
-    return data.encode(encoder(), prompts)
+    if not familiar:
+        for prompt, tokens in zip(prompts, encoder.tokens(prompts)):
+            if len(tokens) > data.MAX_TOKENS:
+                print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
+        rows = data.encode(encoder, prompts)
+    return rows, mark(args.attend, prompts, encoder) if args.attend else None
 
 
 # ---- where the network looks --------------------------------------------------------------------------
@@ -281,11 +297,13 @@ def mark(word, prompts, encoder):
 
 
 def highlight(pictures, maps):
-    """uint8 (N, 3, S, S), maps (N, S, S) -> the pictures in grey, in orange where their map is high."""
+    """uint8 (N, 3, S, S), maps (N, S, S) -> (N, 3, S, 2 S): beside each picture it in grey, orange where its map is
+    high."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     heat = ((maps - low) / (high - low).clamp(min=1e-9))[:, None].numpy()           # (N, 1, S, S) in [0, 1]
     grey = 0.5 * pictures.mean(1, keepdims=True)
-    return (grey + heat * (np.array([255, 140, 0]).reshape(3, 1, 1) - grey)).round().astype(np.uint8)
+    shown = (grey + heat * (np.array([255, 140, 0]).reshape(3, 1, 1) - grey)).round().astype(np.uint8)
+    return np.concatenate([pictures, shown], axis=3)
 
 
 # ---- weights of other people ---------------------------------------------------------------------------------
@@ -414,18 +432,21 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
 SHEET = 1024                                                            # pictures; nobody can look at a larger one
 
 
-def sheet_of(pictures, args, labels, turn):
-    """One PIL picture: a row for each guidance scale, else about a square, or a column for each prompt of a turn;
-    labels (n,), or None."""
-    scales, columns = args.cfg, min(16, round(len(pictures) ** 0.5))
-    if len(scales) > 1:
-        columns, labels = args.n, [f"{scale:g}: {label}" for scale in scales for label in labels]
-    elif 1 < turn <= 16:
-        columns = turn
+def sheet_of(pictures, args, labels):
+    """One PIL picture: a row for each guidance scale, else a column for each prompt, or about a square; labels (n,), or
+    None."""
+    columns = min(16, round(len(pictures) ** 0.5))
+    if len(args.cfg) > 1:
+        columns, labels = args.n, [f"{scale:g}: {label}" for scale in args.cfg for label in labels]
+    elif args.prompt and 1 < len(args.prompt) <= 16:
+        columns = len(args.prompt)
     pictures = pictures[:SHEET]
     if labels:
         pictures = np.stack([data.captioned(picture, label, lines=3) for picture, label in zip(pictures, labels)])
     return data.grid(pictures, columns, gap=6 if labels else 2)
+
+
+ASKED = ".asked.json"                                                   # in a folder of pictures: what decides them
 
 
 def file_of(out, i):
@@ -441,16 +462,61 @@ def what_decides(path, args, prompts):
     return json.dumps(asked).encode()
 
 
-def tell_score(pictures, y, prompts, kinds, how):
-    """Print how many pictures show what was asked, by class or by prompt; those by kind, if there are kinds."""
-    if y is not None:
-        score = data.score_shapes(pictures, y.numpy())
-        print(f"of {len(y)} pictures, {score['both']:.1f}% show the asked shape and colour "
+def check_places(args, command):
+    """Make the folders of --out and --npz. UserError, now and not after an hour of drawing, if they cannot be written
+    to, or if something would be overwritten: but a folder of the very pictures that are asked may be gone on with."""
+    folder = args.out.suffix != ".png"
+    files = [file for file in (args.npz, not folder and args.out) if file]
+    try:
+        for place in [*(file.parent for file in files), *([args.out] if folder else [])]:
+            place.mkdir(parents=True, exist_ok=True)
+            if not os.access(place, os.W_OK):
+                fail(f"cannot write there: no permission to write into {place}")
+        if any(file.is_dir() for file in files):
+            fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
+        if args.npz and args.npz.absolute() == args.out.absolute():
+            fail("--npz would overwrite --out: choose another name for one of them")
+        record = args.out / ASKED
+        if folder and any(path != record for path in args.out.iterdir()) and not (
+                record.is_file() and record.read_bytes() == command):
+            fail(f"the folder {args.out} is not empty, and not of this very command: choose another --out, so that "
+                 "nothing is overwritten")
+    except OSError as e:
+        fail(f"cannot write there: {e}")
+
+
+@contextlib.contextmanager
+def drawing(batch):
+    """What may go wrong while a network runs becomes one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise data.LocalError(f"out of memory: use a smaller --batch (now {batch})")
+    except Exception as e:
+        if not type(e).__module__.startswith(COMPILER):
+            raise
+        raise data.LocalError(f"torch.compile failed, so leave out --compile: {str(e).splitlines()[0]}")
+
+
+def gather(drawn, rank, world):
+    """The dicts of all processes as one, on rank 0."""
+    if world == 1:
+        return drawn
+    parts = [None] * world if rank == 0 else None
+    dist.gather_object(drawn, parts)
+    return {key: pictures for part in parts or [] for key, pictures in part.items()}
+
+
+def tell_score(pictures, asked, kinds, how):
+    """Print how many pictures show what was asked: classes or, if there are kinds of them, prompts."""
+    if not kinds:
+        score = data.score_shapes(pictures, asked)
+        print(f"of {len(asked)} pictures, {score['both']:.1f}% show the asked shape and colour "
               f"(shape {score['shape']:.1f}%, colour {score['colour']:.1f}%); {how}")
         return
     for kind in dict.fromkeys(kinds):
         chosen = [i for i, k in enumerate(kinds) if k == kind]
-        score = data.score_captions(pictures[chosen], [prompts[i] for i in chosen])
+        score = data.score_captions(pictures[chosen], [asked[i] for i in chosen])
         parts = ", ".join(f"{key} {value:.1f}%" for key, value in score.items() if key not in ("n", "all"))
         print(f"{kind}: of {score['n']} pictures, {score['all']:.1f}% show all that was asked ({parts}); {how}")
 
@@ -464,118 +530,81 @@ def main():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     path = args.ckpt or newest_run()
     net, config = load(path, args.weights, device)
-    if args.score and not (config["data"] in SCORED and config["cond"] != "none"):
-        fail(f"--score reads the pictures of conditional models of shapes; this one is of {config['data']}, "
-             f"condition {config['cond']}")
-    if args.cfg not in (None, [1]) and (config["cond"] == "none" or config["drop"] == 0):
-        fail("--cfg needs a model trained with and without its condition; this one was not"
-             + ("; `python train.py --init-from` trains it so" if config["cond"] != "none" else ""))
-    args.cfg = args.cfg or [config["cfg"]]
-    args.sampler, args.steps = args.sampler or config["sampler"], args.steps or config["sample_steps"]
-    if args.compile and args.attend:
-        fail("--attend watches the network from inside, which a compiled one does not allow: leave out --compile")
+    settle(args, config)
     model = torch.compile(net) if args.compile else net
 
-    # what is to be seen: image i shows prompt, or class, i mod their number
-    prompts, kinds, size = prompts_of(args, config), None, config["info"]["size"]
-    turn = len(prompts) if args.prompt else 1                           # pictures until the prompts begin again
-    if args.n is None:
-        args.n = 8 if len(args.cfg) > 1 else 64
-        if args.prompt:
-            args.n = max(1, args.n // max(8, len(prompts))) * len(prompts)
-    if len(args.cfg) > 1 and len(args.cfg) * args.n > SHEET:
-        fail(f"a sheet holds {SHEET:,} pictures, and {len(args.cfg)} rows of {args.n:,} are more: use a smaller --n")
-    y = classes_of(args, config)
-    wanted = [] if y is None else y
-    if prompts:
+    # what is to be seen: image i shows class, or prompt, i mod their number
+    size, names = config["info"]["size"], config["info"]["classes"]
+    wanted, asked, kinds, labels = [], None, None, None                 # asked: arr_1 of the .npz
+    if config["cond"] == "class":
+        wanted = classes_of(args, names)
+        asked, labels = wanted.numpy(), [names[c] for c in wanted] if len(args.cfg) > 1 else None
+    elif config["cond"] == "text":
+        prompts, kinds = args.prompt or config["text"]["captions"], ["as asked"] * args.n
         if args.score and not args.prompt:
             prompts, kinds = data.asked_scenes(args.n)                  # whose pictures no training has seen
-        encoder = functools.cache(lambda: encoder_of_training(args.encoder or config["text"]["encoder"],
-                                                              config["text"]))
-        rows = features_of(prompts, config["text"], encoder)
-        marked = mark(args.attend, prompts, encoder()) if args.attend else None
-        del encoder                                                     # T5-XXL is 9.5 GB beside the network
+        rows, marked = features_of(prompts, args, config["text"])
         which = [i % len(prompts) for i in range(args.n)]
-        prompts, wanted = [prompts[i] for i in which], [rows[i] for i in which]
+        wanted, labels = [rows[i] for i in which], [prompts[i] for i in which]
+        asked = np.array(labels)
         if args.score:
-            data.score_captions([], prompts)                            # can they be scored?
-    out, folder = Path(args.out), Path(args.out).suffix != ".png"
-    try:                                                                # now, not after an hour of drawing
-        (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
-        Path(args.npz or ".").parent.mkdir(parents=True, exist_ok=True)
-        if not folder and out.is_dir() or args.npz and Path(args.npz).is_dir():
-            fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
-        if args.npz and Path(args.npz).absolute() == out.absolute():
-            fail("--npz would overwrite --out: choose another name for one of them")
-        for place in [out if folder else out.parent, *([Path(args.npz).parent] if args.npz else [])]:
-            if not os.access(place, os.W_OK):
-                fail(f"cannot write there: no permission to write into {place}")
-        asked, record = what_decides(path, args, prompts), out / ".asked.json"
-        if folder and any(path != record for path in out.iterdir()) and not (
-                record.is_file() and record.read_bytes() == asked):
-            fail(f"the folder {out} is not empty, and not of this very command: choose another --out, so that nothing "
-                 "is overwritten")
-    except OSError as e:
-        fail(f"cannot write there: {e}")
+            data.score_captions([], labels)                             # can they be scored?
+
+    # where it goes
+    out, folder = args.out, args.out.suffix != ".png"
+    command = what_decides(path, args, labels)
+    check_places(args, command)
     if world > 1:
         dist.barrier()                                                  # all have looked, before one writes
     if rank == 0 and folder:
-        data.write_file(record, lambda f: f.write(asked))
+        data.write_file(out / ASKED, lambda f: f.write(command))
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
-    blocks = [(scale, first) for scale in args.cfg for first in range(0, args.n, args.batch)]
+    blocks = [(scale, range(args.n)[first:first + args.batch])
+              for scale in args.cfg for first in range(0, args.n, args.batch)]
     drawn = {}
-    with diffusion.autocast(device, args.dtype):
-        for scale, first in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
-            ids = range(first, min(first + args.batch, args.n))
+    with diffusion.autocast(device, args.dtype), drawing(args.batch):
+        for scale, ids in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             if folder and all(file_of(out, i).exists() for i in ids):
                 continue                                                # drawn before the command was stopped
-            stronger = prompts and scale > 2 and scale != config["cfg"]
+            part = slice(ids.start, ids.stop)
+            stronger = config["cond"] == "text" and scale > 2 and scale != config["cfg"]
             clip = args.clip or ("dynamic" if stronger and config["clip"] == "static" else config["clip"])
             how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale, clip=clip)
-            looking = contextlib.nullcontext()
+            looking = attention_maps(net, marked[which[part]].to(device), size) if args.attend else None
+            with looking or contextlib.nullcontext() as maps:
+                pictures = draw(model, how, wanted[part], ids, device)
             if args.attend:
-                looking = attention_maps(net, marked[which[first:ids.stop]].to(device), size)
-            try:
-                with looking as maps:
-                    drawn[scale, first] = draw(model, how, wanted[first:ids.stop], ids, device)
-            except torch.OutOfMemoryError:
-                raise data.LocalError(f"out of memory: use a smaller --batch (now {args.batch})")
-            except Exception as e:
-                if not type(e).__module__.startswith(COMPILER):
-                    raise
-                raise data.LocalError(f"torch.compile failed, so leave out --compile: {str(e).splitlines()[0]}")
-            if args.attend:                                             # beside each picture where it was looked
-                shown = highlight(drawn[scale, first], maps)
-                drawn[scale, first] = np.concatenate([drawn[scale, first], shown], axis=3)
-            if folder:                                                  # kept there, and not in memory
-                for i, picture in zip(ids, drawn.pop((scale, first))):
-                    part = out / f"{i:06d}.part"
-                    Image.fromarray(picture.transpose(1, 2, 0)).save(part, "png")
-                    part.replace(file_of(out, i))                       # whole, or not there
+                pictures = highlight(pictures, maps)
+            if not folder:
+                drawn[scale, ids] = pictures
+                continue
+            for i, picture in zip(ids, pictures):                       # kept there, and not in memory
+                unfinished = out / f"{i:06d}.part"
+                Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
+                unfinished.replace(file_of(out, i))                     # whole, or not there
+    drawn = gather(drawn, rank, world)
     if world > 1:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(drawn, parts)
         dist.destroy_process_group()
-        if rank > 0:
-            return
-        drawn = {block: pictures for part in parts for block, pictures in part.items()}
+    if rank > 0:
+        return
+
+    # write and tell
     if not folder:
         pictures = np.concatenate([drawn[block] for block in blocks])   # (scales * n, 3, S, S); --attend: 2 S wide
-        names = [config["info"]["classes"][c] for c in y] if y is not None and len(args.cfg) > 1 else None
-        sheet = sheet_of(pictures, args, prompts or names, turn)
+        sheet = sheet_of(pictures, args, labels)
         data.write_file(out, lambda f: sheet.save(f, "png"))
     elif args.npz or args.score:
         pictures = np.stack([np.asarray(Image.open(file_of(out, i))).transpose(2, 0, 1) for i in range(args.n)])
     if args.npz:
-        shown = dict(arr_1=np.array(prompts)) if prompts else {} if y is None else dict(arr_1=y.numpy())
+        shown = {} if asked is None else dict(arr_1=asked)
         data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **shown))
     cut = f" (the first {SHEET:,})" if not folder and args.n > SHEET else ""
     print(f"{args.n * len(args.cfg)} pictures from {path}: {out}{cut}" + (f", {args.npz}" if args.npz else ""))
     for i, scale in enumerate(args.cfg if args.score else []):
         these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
         way = f"{args.sampler} {args.steps}, guidance {scale:g}"
-        tell_score(these, y, prompts, kinds or ["as asked"] * args.n, way)
+        tell_score(these, asked, kinds, way)
 
 
 if __name__ == "__main__":
