@@ -494,13 +494,20 @@ def open_run(config, info):
     return ckpt
 
 
-def encoder_of(out, name):
-    """The text encoder of the run in a folder, or "" if there is none, or one of another data set."""
+def choose_encoder(config, source, fresh):
+    """Settle whose features of the set are read: those of --encoder, or the run's own, whatever has been encoded since.
+    Their width is the network's."""
     try:
-        old = json.loads(Path(out, "config.json").read_bytes())
-        return old["encoder"] if old["data"] == name and isinstance(old["encoder"], str) else ""
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
+        old = json.loads(Path(config.out, "config.json").read_bytes())
+        own = old["encoder"] if old["data"] == config.data and not fresh else ""
+    except (OSError, ValueError, LookupError, TypeError):           # no run yet, or something else
+        own = ""
+    config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
+    preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
+    if config.net["text_dim"] not in (width, preset):
+        fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} wide: "
+             "leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from else ""))
+    config.net["text_dim"] = width
 
 
 def keep_log(path, step):
@@ -568,14 +575,7 @@ def main():
     source = data.captioned_name(config.data) if config.cond == "text" else config.data
     info = data.describe(source, config.data_dir)
     if config.cond == "text" and not dry_run:
-        own = "" if fresh else encoder_of(config.out, config.data)      # whatever has been encoded since
-        config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
-        preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
-        if config.net["text_dim"] not in (width, preset):
-            fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
-                 "wide: leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from
-                                         else ""))
-        config.net["text_dim"] = width
+        choose_encoder(config, source, fresh)
     n_params, flops = measure(config, info)
 
     # processes: one by default, or as many as torchrun started
