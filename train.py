@@ -499,7 +499,7 @@ def choose_encoder(config, source, fresh):
     Their width is the network's."""
     try:
         old = json.loads(Path(config.out, "config.json").read_bytes())
-        own = old["encoder"] if old["data"] == config.data and not fresh else ""
+        own = str(old["encoder"]) if old["data"] == config.data and not fresh else ""
     except (OSError, ValueError, LookupError, TypeError):           # no run yet, or something else
         own = ""
     config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
@@ -596,8 +596,14 @@ def main():
     torch.backends.cudnn.benchmark = True                           # convolutions see few shapes
     precision = diffusion.autocast(device, config.dtype)
 
-    # data: rank 0 prepares a built-in set on first use, which may be a long download, and the others wait
+    # network, the raw module: it is what is saved and averaged. What does not fit is refused before there is a folder
     out = Path(config.out)
+    torch.manual_seed(config.seed)
+    net = diffusion.on_clock(build(config, info), config.clock)
+    begins = fresh or not (out / "ckpt.pt").exists()
+    origin = start_from(net, config, info) if config.init_from and begins else None
+
+    # data: rank 0 prepares a built-in set on first use, which may be a long download, and the others wait
     if main_rank:
         if source in data.BUILT_IN:
             data.prepare(source, config.data_dir)
@@ -606,7 +612,7 @@ def main():
             data.encode_set(data.open_set(source, config.data_dir), data.Words())
         if fresh:                                                   # early: where a rank dies later, this run goes on
             move_aside(out)
-        lock = claim(out) if Path(out, ".lock").exists() else None  # before any process reads its checkpoint
+        lock = claim(out)                       # before any process reads its checkpoint, to the end of this function
         if store:
             store.set("ready", "yes")
     else:
@@ -619,11 +625,8 @@ def main():
         if features.n < len(pictures):
             info["captioned"] = features.n                          # only these are learnt, in an order of their own
 
-    # network, its running average, optimiser. `net` is the raw module: it is what is saved and averaged
+    # the run so far, if there is one; the running average of the weights, optimiser
     ckpt = open_run(config, info)
-    torch.manual_seed(config.seed)
-    net = diffusion.on_clock(build(config, info), config.clock)
-    origin = start_from(net, config, info) if config.init_from and not ckpt else None
     net = net.to(device, memory_format=torch.channels_last)                         # fastest for convolutions
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     params, averaged = list(net.parameters()), list(ema.parameters())
@@ -649,15 +652,7 @@ def main():
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
             fail(f"processes find {out} at different steps {starts}: all nodes must see the same --out")
-    if start >= config.steps:
-        if main_rank:
-            print(f"{out} is finished at step {start}: look at {out / 'samples'}, draw more with "
-                  f"`python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps")
-        if world > 1:
-            dist.destroy_process_group()
-        return
     if main_rank:
-        lock = lock or claim(out)                                   # held to the end of this function
         print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
               f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
               f"{features.n if features else len(pictures):,} pictures of {config.data}, "
@@ -766,12 +761,13 @@ def main():
         print(f"rank {rank} failed at step {step}; the same command goes on from step {saved}", file=sys.stderr)
 
     sys.excepthook = explain
-    for step in range(start, config.steps + 1):                     # step: how many are done; the last pass does none
+    end = max(start, config.steps)                                  # of a finished run: now
+    for step in range(start, end + 1):                              # step: how many are done; the last pass does none
         # what is due after so many steps: log, save, then draw, which may take minutes
         leaving = torch.tensor([float(len(stops) > 0)])             # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
-        last = step == config.steps
+        last = step == end
         if step > start and (step % config.log_every == 0 or leaving or last):
             log(step)
             since, logged = time.time(), step
@@ -832,8 +828,10 @@ def main():
 
     bar.close()
     if main_rank:
-        end, hint = ("finished", "") if step == config.steps else ("stopped", "; the same command resumes")
-        print(f"{end} at step {step}, {(time.time() - began) / 60:.1f} minutes in all: look at {out / 'samples'}{hint}")
+        state, hint = ("finished", f"draw more with `python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger "
+                       "--steps") if last else ("stopped", "the same command resumes")
+        print(f"{out} is {state} at step {step}, {(time.time() - began) / 60:.1f} minutes in all: look at "
+              f"{out / 'samples'}; {hint}")
     if world > 1:
         del model                                                   # first, as DDP holds the group too: freed last by
         dist.destroy_process_group()                                # it, with Python's lock held, it may wait for ever
