@@ -94,10 +94,6 @@ class Config:
     save_every: int = 5000
     keep_every: int = 0             # every so many steps a checkpoint that stays, ckpt_0050000.pt; 0: only the last
 
-    def record(self, info):
-        """What checkpoints and config.json keep: every field, and the size and classes of the data set."""
-        return dict(dataclasses.asdict(self), info=info)
-
 
 CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
@@ -469,20 +465,15 @@ def move_aside(out):
 def open_run(config, info):
     """The checkpoint in the run's folder, or None for a new run. A folder that holds another run is refused with the
     difference shown."""
-    out, ckpt = Path(config.out), None
-    if (out / "ckpt.pt").exists():
-        ckpt = data.read_checkpoint(out / "ckpt.pt")
-        old = ckpt["config"]
-    elif (out / "config.json").exists():                            # stopped before it saved, or no run at all
-        try:
-            old = json.loads((out / "config.json").read_bytes())
-        except ValueError:
-            old = None
-    else:
+    out = Path(config.out)
+    ckpt = data.read_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
+    if not ckpt and not (out / "config.json").exists():
         return None
-    if not isinstance(old, dict) or not isinstance(old.get("info"), dict):
+    try:
+        old = ckpt["config"] if ckpt else json.loads((out / "config.json").read_bytes())    # stopped before it saved
+        old = {**dataclasses.asdict(Config()), **old, **old["info"]}        # facts of the set beside the fields
+    except (ValueError, TypeError, KeyError):
         fail(f"the config of {out} is not that of a run: choose another --out")
-    old = {**dataclasses.asdict(Config()), **old, **old["info"]}    # facts of the set beside the fields
     asked = {"captioned": None, **dataclasses.asdict(config), **info}
     asked = json.loads(json.dumps(asked))                           # in JSON, tuples are lists
     if data.same_encoder(str(old.get("encoder")), config.encoder):  # which may lie elsewhere by now
@@ -537,11 +528,10 @@ def draw_progress(folder, size):
             strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
         except (OSError, SyntaxError):                  # damaged: the run is worth more than one of its strips
             continue
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    y = 0
-    for strip in strips:
-        sheet.paste(strip, (0, y))
-        y += strip.height
+    height = size + 2
+    sheet = Image.new("RGB", (max(strip.width for strip in strips), height * len(strips)), "white")
+    for i, strip in enumerate(strips):
+        sheet.paste(strip, (0, i * height))
     data.write_file(folder / "progress.png", lambda f: sheet.save(f, "png"))
 
 
@@ -561,6 +551,21 @@ def join(config, device):
 
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]    # Windows: two
+
+
+def listen_for_stops():
+    """A list that the first Ctrl-C, SIGTERM or closed terminal enters, but for which it does nothing; the second kills.
+    (No tensor, as torch.compile may be tracing just then.)"""
+    stops = []
+
+    def remember(sig, _):
+        stops.append(sig)
+        signal.signal(sig, signal.SIG_DFL)
+
+    for sig in STOPS:
+        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup: a closed terminal is nothing
+            signal.signal(sig, remember)
+    return stops
 
 
 def outlive_first_stop(_):
@@ -625,6 +630,8 @@ def main():
         if features.n < len(pictures):
             info["captioned"] = features.n                          # only these are learnt, in an order of their own
 
+    record = dict(dataclasses.asdict(config), info=info)            # what checkpoints and config.json keep
+
     # the run so far, if there is one; the running average of the weights, optimiser
     ckpt = open_run(config, info)
     net = net.to(device, memory_format=torch.channels_last)                         # fastest for convolutions
@@ -662,8 +669,7 @@ def main():
             print(f"going on from step {start}")
         if origin:
             print(origin)
-        record = json.dumps(config.record(info), indent=1)
-        data.write_file(out / "config.json", lambda f: f.write(record.encode()))
+        data.write_file(out / "config.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
         keep_log(out / "log.csv", start)
 
     if config.grad_ckpt:
@@ -678,17 +684,7 @@ def main():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False                             # constants; to say so above is deprecated
 
-    # Ctrl-C, SIGTERM, a closed terminal: finish the step, save, leave; a second one kills
-    stops = []                                                      # no tensor: torch.compile may be tracing just then
-
-    def ask_to_stop(sig, _):
-        stops.append(sig)
-        signal.signal(sig, signal.SIG_DFL)
-
-    for sig in STOPS:
-        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup: a closed terminal is nothing
-            signal.signal(sig, ask_to_stop)
-
+    stops = listen_for_stops()                                      # if one comes: finish the step, save, leave
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
     # what this loader calls a sample is this process's share of batch number `step`, so it can begin anywhere
@@ -708,7 +704,7 @@ def main():
     def save(step):
         data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
             model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, skipped=int(skipped),
-            seconds=time.time() - began, config=config.record(info), **(dict(text=text) if text else {})), f))
+            seconds=time.time() - began, config=record, **(dict(text=text) if text else {})), f))
 
     def log(step):
         """A row of log.csv about the steps since the last one."""
@@ -731,17 +727,13 @@ def main():
     def draw_grid(step):
         """A grid of samples, from the same noise and the same classes or captions every time, and progress.png of all
         grids so far. Each process draws its share, as many at a time as it trains on."""
-        record, drawn, mine = dict(config.record(info), text=text), {}, range(rank, config.samples, world)
+        drawn, mine = {}, range(rank, config.samples, world)
         for ids in (mine[first:first + micro] for first in range(0, len(mine), micro)):
             asked = [text["rows"][i] for i in ids] if text else torch.tensor(ids) % max(1, len(info["classes"]))
             with precision:
-                drawn.update(zip(ids, sample.draw(ema, record, asked, ids, device)))
-        parts = [drawn]
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, drawn)
+                drawn.update(zip(ids, sample.draw(ema, dict(record, text=text), asked, ids, device)))
+        drawn = sample.gather(drawn, rank, world)
         if main_rank:
-            drawn = {i: picture for part in parts for i, picture in part.items()}
             sheet = data.grid(np.stack([drawn[i] for i in range(config.samples)]), columns=8)
             data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
             draw_progress(out / "samples", info["size"])
