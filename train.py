@@ -513,7 +513,7 @@ def keep_log(path, step):
 def grid_text(pictures, features, n):
     """What a checkpoint keeps of the text, so that sampling needs neither set nor encoder: n captions from all over the
     set for the sample grids, their features and those of the empty caption, float16 (L, d) each."""
-    chosen = [i % features.n for i in (data.spread(range(features.n), n) if n < features.n else range(n))]
+    chosen = [i % features.n for i in data.spread(range(max(n, features.n)), n)]
     return dict(encoder=features.encoder, width=features.width, null=torch.from_numpy(features.null),
                 captions=[pictures.captions[i][0] for i in chosen],
                 rows=[torch.from_numpy(features.row(i)) for i in chosen])
@@ -553,9 +553,11 @@ def join(config, device):
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]    # Windows: two
 
 
-def listen_for_stops():
+def listen_for_stops(worker=None):
     """A list that the first Ctrl-C, SIGTERM or closed terminal enters, but for which it does nothing; the second kills.
-    (No tensor, as torch.compile may be tracing just then.)"""
+    (No tensor, as torch.compile may be tracing just then.)
+
+    Loader workers outlive the first one, too, since the step that training finishes may still need their batch."""
     stops = []
 
     def remember(sig, _):
@@ -568,11 +570,13 @@ def listen_for_stops():
     return stops
 
 
-def outlive_first_stop(_):
-    """Ctrl-C and torchrun's SIGTERM reach the processes that read ahead, too. They ignore the first, since the step
-    that training finishes may still need their batch."""
-    for sig in STOPS:
-        signal.signal(sig, lambda sig, _: signal.signal(sig, signal.SIG_DFL))
+def prepare(config, source):
+    """On first use: make a built-in set, which may be a long download, and features of its captions by words."""
+    if source in data.BUILT_IN:
+        data.prepare(source, config.data_dir)
+    words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
+    if config.encoder == "words" and not words.exists():            # find_encoder refuses others that are absent
+        data.encode_set(data.open_set(source, config.data_dir), data.Words())
 
 
 def main():
@@ -583,15 +587,16 @@ def main():
         choose_encoder(config, source, fresh)
     n_params, flops = measure(config, info)
 
-    # processes: one by default, or as many as torchrun started
-    rank, world = data.processes()
+    rank, world = data.processes()                                  # one by default, or as many as torchrun started
     main_rank = rank == 0
     if dry_run:
         if main_rank:
             print(json.dumps(dict(dataclasses.asdict(config), params=n_params, gflops=round(flops / 1e9, 3))))
         return
-    if config.batch % (world * config.accum):
-        unit = world * config.accum
+
+    # processes, and how they compute
+    unit = world * config.accum
+    if config.batch % unit:
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     device = diffusion.pick_device(config.device)
@@ -601,23 +606,19 @@ def main():
     torch.backends.cudnn.benchmark = True                           # convolutions see few shapes
     precision = diffusion.autocast(device, config.dtype)
 
-    # network, the raw module: it is what is saved and averaged. What does not fit is refused before there is a folder
+    # network. `net` is the raw module: it is what is saved and averaged
     out = Path(config.out)
     torch.manual_seed(config.seed)
     net = diffusion.on_clock(build(config, info), config.clock)
     begins = fresh or not (out / "ckpt.pt").exists()
-    origin = start_from(net, config, info) if config.init_from and begins else None
+    origin = start_from(net, config, info) if config.init_from and begins else None     # or refused, without a folder
 
-    # data: rank 0 prepares a built-in set on first use, which may be a long download, and the others wait
+    # data, and the run's folder: rank 0 makes what is missing, and the others wait
     if main_rank:
-        if source in data.BUILT_IN:
-            data.prepare(source, config.data_dir)
-        words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
-        if config.encoder == "words" and not words.exists():        # find_encoder refuses others that are absent
-            data.encode_set(data.open_set(source, config.data_dir), data.Words())
+        prepare(config, source)
         if fresh:                                                   # early: where a rank dies later, this run goes on
             move_aside(out)
-        lock = claim(out)                       # before any process reads its checkpoint, to the end of this function
+        lock = claim(out)                                           # held to the end of this function
         if store:
             store.set("ready", "yes")
     else:
@@ -629,11 +630,10 @@ def main():
         text = grid_text(pictures, features, config.samples)
         if features.n < len(pictures):
             info["captioned"] = features.n                          # only these are learnt, in an order of their own
-
     record = dict(dataclasses.asdict(config), info=info)            # what checkpoints and config.json keep
-
-    # the run so far, if there is one; the running average of the weights, optimiser
     ckpt = open_run(config, info)
+
+    # the running average of the weights, optimiser
     net = net.to(device, memory_format=torch.channels_last)                         # fastest for convolutions
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     params, averaged = list(net.parameters()), list(ema.parameters())
@@ -650,7 +650,7 @@ def main():
             ema.load_state_dict(ckpt["ema"])
             opt.load_state_dict(ckpt["opt"])
             start, seconds, skipped = int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        except Exception as e:                                      # torch raises half a dozen kinds
             fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
                  "choose another --out, or --fresh to start over")
         del ckpt
@@ -693,7 +693,7 @@ def main():
     data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers have it
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
-        worker_init_fn=outlive_first_stop, pin_memory=device.type == "cuda"))
+        worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
     skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: the latest of them
