@@ -519,6 +519,23 @@ def grid_text(pictures, features, n):
                 rows=[torch.from_numpy(features.row(i)) for i in chosen])
 
 
+def draw_grid(net, record, step, at_once, device):
+    """A grid of samples, from the same noise and the same classes or captions every time, and progress.png of all grids
+    so far. Each process draws its share, as many at a time as it trains on."""
+    rank, world = data.processes()
+    drawn, mine = {}, range(rank, record["samples"], world)
+    for ids in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):
+        classes = torch.tensor(ids) % max(1, len(record["info"]["classes"]))
+        asked = [record["text"]["rows"][i] for i in ids] if record["text"] else classes
+        drawn.update(zip(ids, sample.draw(net, record, asked, ids, device)))
+    drawn = sample.gather(drawn, rank, world)
+    if rank == 0:
+        folder = Path(record["out"], "samples")
+        sheet = data.grid(np.stack([drawn[i] for i in range(record["samples"])]), columns=8)
+        data.write_file(folder / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
+        draw_progress(folder, record["info"]["size"])
+
+
 def draw_progress(folder, size):
     """progress.png: the first row of each sample grid, of at most twelve, early training above late."""
     files, strips = sorted(folder.glob("step_*.png")), []
@@ -724,20 +741,6 @@ def main():
                 print(*(v if isinstance(v, int) else f"{v:.6g}" for v in row.values()), sep=",", file=f)
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
 
-    def draw_grid(step):
-        """A grid of samples, from the same noise and the same classes or captions every time, and progress.png of all
-        grids so far. Each process draws its share, as many at a time as it trains on."""
-        drawn, mine = {}, range(rank, config.samples, world)
-        for ids in (mine[first:first + micro] for first in range(0, len(mine), micro)):
-            asked = [text["rows"][i] for i in ids] if text else torch.tensor(ids) % max(1, len(info["classes"]))
-            with precision:
-                drawn.update(zip(ids, sample.draw(ema, dict(record, text=text), asked, ids, device)))
-        drawn = sample.gather(drawn, rank, world)
-        if main_rank:
-            sheet = data.grid(np.stack([drawn[i] for i in range(config.samples)]), columns=8)
-            data.write_file(out / "samples" / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
-            draw_progress(out / "samples", info["size"])
-
     def explain(kind, e, trace):                                    # the last line of an unexpected error says where
         of_compiler = kind.__module__.startswith(sample.COMPILER)
         if of_compiler and stops:                                   # Ctrl-C ends the C compiler, too, which it started
@@ -775,7 +778,8 @@ def main():
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
             data.copy_file(out / "ckpt.pt", kept_file)
         if step > start and (step % config.sample_every == 0 or last):
-            draw_grid(step)
+            with precision:
+                draw_grid(ema, dict(record, text=text), step, micro, device)
         since += time.time() - pause
         if leaving or last:
             break
@@ -820,10 +824,11 @@ def main():
 
     bar.close()
     if main_rank:
-        state, hint = ("finished", f"draw more with `python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger "
-                       "--steps") if last else ("stopped", "the same command resumes")
-        print(f"{out} is {state} at step {step}, {(time.time() - began) / 60:.1f} minutes in all: look at "
-              f"{out / 'samples'}; {hint}")
+        hint = "the same command resumes"
+        if last:
+            hint = f"draw more with `python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps"
+        print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(time.time() - began) / 60:.1f} minutes in "
+              f"all: look at {out / 'samples'}; {hint}")
     if world > 1:
         del model                                                   # first, as DDP holds the group too: freed last by
         dist.destroy_process_group()                                # it, with Python's lock held, it may wait for ever
