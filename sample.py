@@ -86,6 +86,16 @@ def read(path, weights="ema"):
                 info=dict(size=size, classes=classes, flip=True)), state
 
 
+def exactly(net, weights):
+    """weights, if they are those of a network by name and shape. ValueError names a few that are not."""
+    own, found = ({name: tuple(p.shape) for name, p in there.items()} for there in (net.state_dict(), weights))
+    wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
+             for name in {**own, **found} if own.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"of its weights, as they are called here, {len(wrong)} do not fit: {'; '.join(wrong[:3])}")
+    return weights
+
+
 def load(path, weights="ema", device="cpu"):
     """A checkpoint of train.py, or a published file of U-ViT or ADM -> (network in eval mode, its config as a dict).
 
@@ -150,10 +160,8 @@ def parse(argv):
     p.add_argument("--encoder", help="where the text encoder lies, or what it is called, if no longer as in training")
     p.add_argument("--attend", metavar="WORD", help="show beside each picture where this word of the prompts was read")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default="samples.png",
-                   help="a .png is one sheet; anything else a folder of single PNGs")
-    p.add_argument("--npz", type=Path, help="also write arr_0 (N, H, W, 3) uint8, for FID tools, and arr_1, classes or "
-                   "prompts")
+    p.add_argument("--out", type=Path, default="samples.png", help="a .png is one sheet, all else a folder of PNGs")
+    p.add_argument("--npz", type=Path, help="also arr_0, uint8 (N, H, W, 3), for FID, and arr_1, classes or prompts")
     p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -308,16 +316,6 @@ def highlight(pictures, maps):
 
 # ---- weights of other people ---------------------------------------------------------------------------------
 
-def exactly(net, weights):
-    """weights, if they are those of a network by name and shape. ValueError names a few that are not."""
-    own, found = ({name: tuple(p.shape) for name, p in there.items()} for there in (net.state_dict(), weights))
-    wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
-             for name in {**own, **found} if own.get(name) != found.get(name)]
-    if wrong:
-        raise ValueError(f"of its weights, as they are called here, {len(wrong)} do not fit: {'; '.join(wrong[:3])}")
-    return weights
-
-
 def renamed(weights, theirs):
     """weights by our names, {a part of theirs: of ours}, and with one more class: the null one, zero and untrained."""
     ours = {}
@@ -360,9 +358,7 @@ def read_uvit(weights):
                      depth=sum(name.endswith(".norm1.weight") for name in weights))
     ours = renamed(weights, {"patch_embed.proj.": "patch_embed.", "label_emb.": "class_embed.", ".mlp.": ".ffn.",
                              "decoder_pred.": "to_pixels.", "final_layer.": "head."})
-    with torch.device("meta"):
-        net = UViT(**arguments)
-    return arguments, exactly(net, ours), dict(schedule="linear", prediction="eps", clock="uvit")
+    return arguments, ours, dict(schedule="linear", prediction="eps", clock="uvit")
 
 
 # The layouts of ADM's published files: (dim_mults) -> what cannot be seen from shapes. Common to all:
@@ -415,9 +411,7 @@ def read_adm(weights):
         if name.endswith((".qkv.weight", ".proj.weight")):
             p = p[..., None]                                            # 1-D convolutions there, 2-D ones here
         ours[name] = p[:3] if name.startswith("head.") else p
-    with torch.device("meta"):
-        net = UNet(**arguments)
-    return arguments, exactly(net, ours), dict(schedule=known["schedule"], prediction="eps", clock="adm")
+    return arguments, ours, dict(schedule=known["schedule"], prediction="eps", clock="adm")
 
 
 # what to do with them, by a name that they hold
@@ -474,8 +468,6 @@ def check_places(args, command):
                 fail(f"cannot write there: no permission to write into {place}")
         if any(file.is_dir() for file in files):
             fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
-        if args.npz and args.npz.absolute() == args.out.absolute():
-            fail("--npz would overwrite --out: choose another name for one of them")
         record = args.out / ASKED
         if folder and any(path != record for path in args.out.iterdir()) and not (
                 record.is_file() and record.read_bytes() == command):

@@ -369,7 +369,7 @@ def start_from(net, config, info):
         weights.update({key: own[key]} if key in own else {})
     try:
         net.load_state_dict(sample.exactly(net, weights))
-    except ValueError as e:
+    except (ValueError, AttributeError) as e:
         fail(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
              f"{info['size']}x{info['size']} pictures: {e}")
     anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
@@ -442,11 +442,8 @@ def learning_rate(config, step):
 def claim(out):
     """Make the run's folder if it is not there -> an open file: as long as it is open, and this process lives, no other
     process can claim the folder. Two trainings would overwrite each other's checkpoints."""
-    try:
-        Path(out, "samples").mkdir(parents=True, exist_ok=True)
-        f = open(Path(out, ".lock"), "a")
-    except OSError as e:
-        fail(f"cannot make --out {out}: {e}")
+    Path(out, "samples").mkdir(parents=True, exist_ok=True)
+    f = open(Path(out, ".lock"), "a")
     if not data.lock(f):
         fail(f"another training is writing to {out}: stop it, or choose another --out")
     return f
@@ -496,8 +493,9 @@ def choose_encoder(config, source, fresh):
     config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
     preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
     if config.net["text_dim"] not in (width, preset):
-        fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} wide: "
-             "leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from else ""))
+        fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
+             "wide: leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from
+                                     else ""))
     config.net["text_dim"] = width
 
 
@@ -718,11 +716,6 @@ def main():
     began, since = time.time() - seconds, time.time()               # since: last logged, later by what was no training
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
 
-    def save(step):
-        data.write_file(out / "ckpt.pt", lambda f: torch.save(dict(
-            model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step, skipped=int(skipped),
-            seconds=time.time() - began, config=record, **(dict(text=text) if text else {})), f))
-
     def log(step):
         """A row of log.csv about the steps since the last one."""
         if world > 1:
@@ -773,7 +766,10 @@ def main():
         kept = step > 0 and config.keep_every and step % config.keep_every == 0
         if step > saved and (step % config.save_every == 0 or kept or leaving or last):
             if main_rank:
-                save(step)
+                ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
+                            skipped=int(skipped), seconds=time.time() - began, config=record)
+                ckpt.update(dict(text=text) if text else {})
+                data.write_file(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
             saved = step
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
             data.copy_file(out / "ckpt.pt", kept_file)
@@ -827,8 +823,8 @@ def main():
         hint = "the same command resumes"
         if last:
             hint = f"draw more with `python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps"
-        print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(time.time() - began) / 60:.1f} minutes in "
-              f"all: look at {out / 'samples'}; {hint}")
+        print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(time.time() - began) / 60:.1f} minutes "
+              f"in all: look at {out / 'samples'}; {hint}")
     if world > 1:
         del model                                                   # first, as DDP holds the group too: freed last by
         dist.destroy_process_group()                                # it, with Python's lock held, it may wait for ever
