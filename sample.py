@@ -78,7 +78,7 @@ def read(path, weights="ema"):
     try:
         arguments, state, facts = reader(whole)
     except Exception as e:                                              # a damaged file can raise anything
-        reason = e if isinstance(e, (ValueError, AssertionError)) else f"it is damaged: {e!r}"
+        reason = e if isinstance(e, ValueError) else f"it is damaged: {e!r}"
         fail(f"{path} is no network that fits this code: {reason}")
     size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
     return dict(model=model, net=arguments, data=Path(path).stem, cond="class" if classes else "none", **facts,
@@ -86,14 +86,14 @@ def read(path, weights="ema"):
                 info=dict(size=size, classes=classes, flip=True)), state
 
 
-def exactly(net, weights):
-    """weights, if they are those of a network by name and shape. ValueError names a few that are not."""
+def load_weights(net, weights):
+    """Give a network weights that are its own by name and shape. ValueError names a few that are not."""
     own, found = ({name: tuple(p.shape) for name, p in there.items()} for there in (net.state_dict(), weights))
     wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
              for name in {**own, **found} if own.get(name) != found.get(name)]
     if wrong:
         raise ValueError(f"of its weights, as they are called here, {len(wrong)} do not fit: {'; '.join(wrong[:3])}")
-    return weights
+    net.load_state_dict(weights)
 
 
 def load(path, weights="ema", device="cpu"):
@@ -108,7 +108,7 @@ def load(path, weights="ema", device="cpu"):
         info = config["info"]
         classes = len(info["classes"]) if config["cond"] == "class" else 0
         net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
-        net.load_state_dict(exactly(net, state))
+        load_weights(net, state)
         diffusion.on_clock(net, config["clock"])
     except (AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
         fail(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
@@ -305,8 +305,7 @@ def mark(word, prompts, encoder):
 
 
 def highlight(pictures, maps):
-    """uint8 (N, 3, S, S), maps (N, S, S) -> (N, 3, S, 2 S): beside each picture it in grey, orange where its map is
-    high."""
+    """uint8 (N, 3, S, S) -> (N, 3, S, 2 S): beside each picture it in grey, orange where its map (of N, S, S) is high."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     heat = ((maps - low) / (high - low).clamp(min=1e-9))[:, None].numpy()           # (N, 1, S, S) in [0, 1]
     grey = 0.5 * pictures.mean(1, keepdims=True)
@@ -424,6 +423,7 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
 # ---- the command --------------------------------------------------------------------------------------
 
 SHEET = 1024                                                            # pictures; nobody can look at a larger one
+ASKED = ".asked.json"                                                   # in a folder of pictures: what decides them
 
 
 def sheet_of(pictures, args, labels):
@@ -440,9 +440,6 @@ def sheet_of(pictures, args, labels):
     return data.grid(pictures, columns, gap=6 if labels else 2)
 
 
-ASKED = ".asked.json"                                                   # in a folder of pictures: what decides them
-
-
 def file_of(out, i):
     return out / f"{i:06d}.png"
 
@@ -457,24 +454,20 @@ def what_decides(path, args, prompts):
 
 
 def check_places(args, command):
-    """Make the folders of --out and --npz. UserError, now and not after an hour of drawing, if they cannot be written
-    to, or if something would be overwritten: but a folder of the very pictures that are asked may be gone on with."""
-    folder = args.out.suffix != ".png"
+    """Make the folders of --out and --npz. Fails now, and not after an hour of drawing, if they cannot be written to, or
+    if something would be overwritten; but a folder of the very pictures that are asked may be gone on with."""
+    folder, record = args.out.suffix != ".png", args.out / ASKED
     files = [file for file in (args.npz, not folder and args.out) if file]
-    try:
-        for place in [*(file.parent for file in files), *([args.out] if folder else [])]:
-            place.mkdir(parents=True, exist_ok=True)
-            if not os.access(place, os.W_OK):
-                fail(f"cannot write there: no permission to write into {place}")
-        if any(file.is_dir() for file in files):
-            fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
-        record = args.out / ASKED
-        if folder and any(path != record for path in args.out.iterdir()) and not (
-                record.is_file() and record.read_bytes() == command):
-            fail(f"the folder {args.out} is not empty, and not of this very command: choose another --out, so that "
-                 "nothing is overwritten")
-    except OSError as e:
-        fail(f"cannot write there: {e}")
+    for place in [*(file.parent for file in files), *([args.out] if folder else [])]:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            fail(f"no permission to write into {place}")
+    if any(file.is_dir() for file in files):
+        fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
+    if folder and any(path != record for path in args.out.iterdir()) and not (
+            record.is_file() and record.read_bytes() == command):
+        fail(f"the folder {args.out} is not empty, and not of this very command: choose another --out, so that nothing "
+             "is overwritten")
 
 
 @contextlib.contextmanager
@@ -595,8 +588,7 @@ def main():
     print(f"{args.n * len(args.cfg)} pictures from {path}: {out}{cut}" + (f", {args.npz}" if args.npz else ""))
     for i, scale in enumerate(args.cfg if args.score else []):
         these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
-        way = f"{args.sampler} {args.steps}, guidance {scale:g}"
-        tell_score(these, asked, kinds, way)
+        tell_score(these, asked, kinds, f"{args.sampler} {args.steps}, guidance {scale:g}")
 
 
 if __name__ == "__main__":

@@ -368,7 +368,7 @@ def start_from(net, config, info):
         weights.pop(key, None)
         weights.update({key: own[key]} if key in own else {})
     try:
-        net.load_state_dict(sample.exactly(net, weights))
+        sample.load_weights(net, weights)
     except (ValueError, AttributeError) as e:
         fail(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
              f"{info['size']}x{info['size']} pictures: {e}")
@@ -537,16 +537,13 @@ def draw_grid(net, record, step, at_once, device):
 def draw_progress(folder, size):
     """progress.png: the first row of each sample grid, of at most twelve, early training above late."""
     files, strips = sorted(folder.glob("step_*.png")), []
+    width = Image.open(files[-1]).width
     for i in np.unique(np.linspace(0, len(files) - 1, 12).round().astype(int)):
         try:
-            sheet = Image.open(files[i])
-            strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
+            strips.append(np.asarray(Image.open(files[i]).crop((0, 0, width, size + 2))))
         except (OSError, SyntaxError):                  # damaged: the run is worth more than one of its strips
             continue
-    height = size + 2
-    sheet = Image.new("RGB", (max(strip.width for strip in strips), height * len(strips)), "white")
-    for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * height))
+    sheet = Image.fromarray(np.concatenate(strips))
     data.write_file(folder / "progress.png", lambda f: sheet.save(f, "png"))
 
 

@@ -434,7 +434,7 @@ def test_a_file_must_hold_exactly_the_weights_of_its_network(weights, name):
                       ({**whole, part: torch.zeros(7)}, r"\(7,\), not \(")):
         arguments, state, _ = reader(bad)
         with torch.device("meta"), pytest.raises(ValueError, match="1 do not fit: .*" + says):
-            sample.exactly(model(**arguments), state)
+            sample.load_weights(model(**arguments), state)
     assert last in whole
 
 

@@ -288,7 +288,7 @@ def test_only_pictures_of_shapes_are_scored(drawn, altered):
 @pytest.mark.parametrize("flag", ["--out", "--npz"])
 def test_a_place_that_cannot_be_written_to_is_one_message(drawn, tmp_path, flag):
     (tmp_path / "file").touch()
-    with pytest.raises(data.UserError, match="file"):
+    with pytest.raises(OSError, match="file"):
         drawn(flag, "file/pictures.png" if flag == "--out" else "file/pictures.npz")
 
 
