@@ -305,7 +305,7 @@ def mark(word, prompts, encoder):
 
 
 def highlight(pictures, maps):
-    """uint8 (N, 3, S, S) -> (N, 3, S, 2 S): beside each picture it in grey, orange where its map (of N, S, S) is high."""
+    """uint8 (N, 3, S, S), maps (N, S, S) -> (N, 3, S, 2 S): right of each, it in grey, orange where its map is high."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     heat = ((maps - low) / (high - low).clamp(min=1e-9))[:, None].numpy()           # (N, 1, S, S) in [0, 1]
     grey = 0.5 * pictures.mean(1, keepdims=True)
@@ -454,7 +454,7 @@ def what_decides(path, args, prompts):
 
 
 def check_places(args, command):
-    """Make the folders of --out and --npz. Fails now, and not after an hour of drawing, if they cannot be written to, or
+    """Make the folders of --out and --npz. Fail now, and not after an hour of drawing, if they cannot be written to, or
     if something would be overwritten; but a folder of the very pictures that are asked may be gone on with."""
     folder, record = args.out.suffix != ".png", args.out / ASKED
     files = [file for file in (args.npz, not folder and args.out) if file]
