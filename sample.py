@@ -294,10 +294,10 @@ def attention_maps(net, marked, size):                                  # marked
 def mark(word, prompts, encoder):
     """bool (B, L): the tokens of the prompts that belong to the word, which may be several in a row."""
     sought, rows = encoder.tokens([word])[0][:-1], encoder.tokens(prompts)      # without the mark of the end
-    marked = torch.zeros(len(rows), max(map(len, rows)) + 7 & ~7, dtype=torch.bool)[:, :data.MAX_TOKENS]
+    marked = torch.zeros(len(rows), data.MAX_TOKENS, dtype=torch.bool)
     for i, tokens in enumerate(rows):
         for j in range(min(len(tokens), data.MAX_TOKENS) - len(sought)):
-            if sought and tokens[j:j + len(sought)] == sought:
+            if tokens[j:j + len(sought)] == sought:
                 marked[i, j:j + len(sought)] = True
     if not marked.any():
         fail(f"--attend {word}: no prompt has this word; the first is {prompts[0][:80]!r}")
@@ -462,8 +462,8 @@ def check_places(args, command):
         place.mkdir(parents=True, exist_ok=True)
         if not os.access(place, os.W_OK):
             fail(f"no permission to write into {place}")
-    if any(file.is_dir() for file in files):
-        fail("a sheet or an .npz is a file, and there is a folder of that name: choose another --out or --npz")
+    if len({*files}) < len(files) or any(file.is_dir() for file in files):
+        fail("a sheet and an .npz are files of their own, and no folders that are there: choose another --out or --npz")
     if folder and any(path != record for path in args.out.iterdir()) and not (
             record.is_file() and record.read_bytes() == command):
         fail(f"the folder {args.out} is not empty, and not of this very command: choose another --out, so that nothing "
