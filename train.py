@@ -459,13 +459,13 @@ def move_aside(out):
         print(f"the old run is now {aside}")
 
 
-def open_run(config, info):
-    """The checkpoint in the run's folder, or None for a new run. A folder that holds another run is refused with the
-    difference shown."""
-    out = Path(config.out)
+def resume(config, info, net, ema, opt):
+    """Load the checkpoint in the run's folder -> (steps done, seconds taken, steps skipped), zeros for a new run. A
+    folder that holds another run is refused with the difference shown."""
+    out, new = Path(config.out), (0, 0.0, 0)
     ckpt = data.read_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
     if not ckpt and not (out / "config.json").exists():
-        return None
+        return new
     try:
         old = ckpt["config"] if ckpt else json.loads((out / "config.json").read_bytes())    # stopped before it saved
         old = {**dataclasses.asdict(Config()), **old, **old["info"]}        # facts of the set beside the fields
@@ -479,7 +479,16 @@ def open_run(config, info):
                if k not in FREE and old.get(k) != v]
     if changed:
         fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
-    return ckpt
+    if not ckpt:
+        return new
+    try:
+        net.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        opt.load_state_dict(ckpt["opt"])
+        return int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
+    except Exception as e:                                          # torch raises half a dozen kinds
+        fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
+             "choose another --out, or --fresh to start over")
 
 
 def choose_encoder(config, source, fresh):
@@ -643,29 +652,14 @@ def main():
         if features.n < len(pictures):
             info["captioned"] = features.n                          # only these are learnt, in an order of their own
     record = dict(dataclasses.asdict(config), info=info)            # what checkpoints and config.json keep
-    ckpt = open_run(config, info)
 
-    # the running average of the weights, optimiser
+    # the running average of the weights, optimiser, and the run so far
     net = net.to(device, memory_format=torch.channels_last)                         # fastest for convolutions
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     params, averaged = list(net.parameters()), list(ema.parameters())
     opt = torch.optim.AdamW(params, lr=config.lr, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay, fused=True)
-    schedule = diffusion.SCHEDULES[config.schedule]
-    null = text["null"].to(device) if text else len(info["classes"])
-
-    # resume
-    start, seconds, skipped = 0, 0.0, 0                             # skipped: steps whose gradient was not finite
-    if ckpt:
-        try:
-            net.load_state_dict(ckpt["model"])
-            ema.load_state_dict(ckpt["ema"])
-            opt.load_state_dict(ckpt["opt"])
-            start, seconds, skipped = int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
-        except Exception as e:                                      # torch raises half a dozen kinds
-            fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
-                 "choose another --out, or --fresh to start over")
-        del ckpt
+    start, seconds, skipped = resume(config, info, net, ema, opt)   # skipped: steps whose gradient was not finite
     if world > 1:
         starts = [None] * world
         dist.all_gather_object(starts, start)
@@ -696,6 +690,8 @@ def main():
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False                             # constants; to say so above is deprecated
 
+    schedule = diffusion.SCHEDULES[config.schedule]
+    null = text["null"].to(device) if text else len(info["classes"])
     stops = listen_for_stops()                                      # if one comes: finish the step, save, leave
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
