@@ -98,7 +98,7 @@ class Config:
 CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
-# fields in which a resumed run may differ; all else is refused, by open_run. (device changes what is drawn, accum which
+# fields in which a resumed run may differ; all else is refused, by resume. (device changes what is drawn, accum which
 # units drop out, dtype, compile and grad_ckpt the last bits, steps the cool-down.)
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
         "log_every", "sample_every", "save_every", "keep_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
