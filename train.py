@@ -486,6 +486,8 @@ def resume(config, info, net, ema, opt):
         ema.load_state_dict(ckpt["ema"])
         opt.load_state_dict(ckpt["opt"])
         return int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
+    except torch.OutOfMemoryError:                                  # the checkpoint is good
+        raise
     except Exception as e:                                          # torch raises half a dozen kinds
         fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
              "choose another --out, or --fresh to start over")
@@ -546,13 +548,14 @@ def draw_grid(net, record, step, at_once, device):
 def draw_progress(folder, size):
     """progress.png: the first row of each sample grid, of at most twelve, early training above late."""
     files, strips = sorted(folder.glob("step_*.png")), []
-    width = Image.open(files[-1]).width
     for i in np.unique(np.linspace(0, len(files) - 1, 12).round().astype(int)):
         try:
-            strips.append(np.asarray(Image.open(files[i]).crop((0, 0, width, size + 2))))
+            sheet = Image.open(files[i])
+            strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
         except (OSError, SyntaxError):                  # damaged: the run is worth more than one of its strips
             continue
-    sheet = Image.fromarray(np.concatenate(strips))
+    width = strips[-1].width                            # others may be of another --samples
+    sheet = Image.fromarray(np.concatenate([np.asarray(s.crop((0, 0, width, size + 2))) for s in strips]))
     data.write_file(folder / "progress.png", lambda f: sheet.save(f, "png"))
 
 
