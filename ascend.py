@@ -8,11 +8,12 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <-----+              decoder
 
 Time (and class, and the mean of a text) enter as scale and shift of both norms of every Swin layer, and of the second
-of every ResBlock; a text is also read word by word, by cross-attention after each Attn (places assumed, as ADM's).
+of every ResBlock; a text is also read word by word, by cross-attention after each Attn (assumed: where ADM attends).
 Against unet.py: Swin blocks in place of the encoder's ResBlocks, convolutions that change the resolution, and by
-default global attention at 8 pixels too. The paper's ablation is four arguments: encoder, decoder, skips, resample.
-What has the same name in two files of backbones is the same in both, so that each file can be read, and copied,
-alone: ResBlock, for one, is unet.py's, of which resampling inside is not used here.
+default global attention at 8 pixels too. The paper's ablation is four arguments: encoder, decoder, resample, and skips
+(which connections it cut is not known: assumed).
+A name that two files of backbones share is the same code in both, so that each can be read, and copied, alone:
+ResBlock, for one, is unet.py's, though nothing here resamples inside of it.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
 L tokens of a text.
 """
@@ -70,8 +71,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns, and without a mask in
-    bfloat16 their gradient takes two to four times as long as that of the formula."""
+    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns (Swin's does), and
+    without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
@@ -145,7 +146,8 @@ class Timed(nn.Module):
 
 class SwinLayer(Timed):
     """Pre-norm Transformer layer on a map, attention in windows. Time enters as scale and shift of both norms
-    (adaptive layer norm; assumed, the paper does not say how). Its branches start as Swin's own, not at zero."""
+    (adaptive layer norm; assumed, the paper does not say how). Its branches start as PyTorch's layers do, not at zero
+    (assumed; Swin starts them with weights of std 0.02)."""
 
     def __init__(self, dim, head_dim, size, window, shift, emb_dim, dropout):
         super().__init__()
@@ -165,7 +167,7 @@ class SwinLayer(Timed):
 
 
 class SwinBlock(Timed):
-    """Two Swin layers, the second with shifted windows (paper, Sec. 5). One window as large as the map does not
+    """Two Swin layers, the second with shifted windows (paper, Sec. 5); where one window covers the map there is no
     shift. A 1x1 convolution, where the width changes, comes first."""
 
     def __init__(self, in_channels, out_channels, head_dim, size, window, emb_dim, dropout):
@@ -329,8 +331,9 @@ class Layer(nn.Sequential):
 
 
 class ASCEND(nn.Module):
-    """ASCEND. Defaults: a CIFAR-10 model of the size of the paper's others (48,038,075 parameters); width, depth and
-    places of global attention are assumed: the values of the paper's table of settings are not available to us.
+    """ASCEND. Defaults: a CIFAR-10 model of the size of the paper's others (48,038,075 parameters). Width, depth,
+    window and places of global attention are assumed, as the values of the paper's table of settings are not available
+    to us; so are the first convolution at full size, the convolutional middle, and a skip after every layer.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
     not divide into windows."""
@@ -431,7 +434,7 @@ class ASCEND(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, as is the norm; by the first layer colours came later).
+            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; if the first does, colours come later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)

@@ -6,9 +6,9 @@ end, the device and the precision in which networks run.
     sample     start at x ~ N(0, I), t = t_max; walk t down to 0 with denoise(x, t) ~ E[x_0 | x_t]  (Eq. 2-3)
 
 Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1]; the paper's T = 1000 steps are
-t = 1/1000 .. 1. This file never knows which network it has, nor what its condition is: any f(x, t, *cond) of the
-right shape will do, where cond is the tuple of what the network takes beside x and t: () for nothing, (y,) for
-classes, (features, mask) for text.
+t = 1/1000 .. 1. Apart from the clocks, this file never knows which network it has, nor what its condition is: any
+f(x, t, *cond) of the right shape will do, where cond is the tuple of what the network takes beside x and t: () for
+nothing, (y,) for classes, (features, mask) for text.
 """
 import contextlib
 import math
@@ -89,8 +89,8 @@ CLOCKS = dict(
 
 
 def on_clock(net, name):
-    """The module net itself, from now on called as net(x, t, *cond) with the t of this file, by a hook before its
-    forward: whoever draws or trains with it need not know of clocks. net.forward stays as it was."""
+    """net itself, with a hook that translates t: net(x, t, *cond) from now on takes the t of this file, and whoever
+    draws or trains with it need not know of clocks. (net.forward, called directly, translates nothing.)"""
     if name != "plain":
         net.register_forward_pre_hook(lambda net, args: (args[0], CLOCKS[name](args[1]), *args[2:]))
     return net
@@ -195,7 +195,8 @@ def carry(x, x0, t, s, schedule):
 
 @torch.no_grad()
 def em(denoise, x, times, schedule, noise):
-    """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x.
+    """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x. For small
+    steps it is Eq. 2-3, with noise of variance beta instead of the posterior's, smaller only near the picture.
 
     First order, so its error falls only as 1 / steps. Each step replaces the part beta (below) of x's variance by fresh
     noise, and holds the score meanwhile, so beta must be small where x is more than noise: on the linear schedule it is
@@ -304,7 +305,8 @@ def autocast(device, dtype):
         return contextlib.nullcontext()
     if device.type == "cpu":
         # despite the names these also choose the CPU's attention: two matrix products and a softmax, all in bf16, take
-        # half the time, forwards and backwards, of its flash kernel, or of the same products in float32
+        # half the time, forwards and backwards, of its flash kernel, or of the same products in float32. (Where the
+        # backbones' attend trains without a mask it does without either: its formula is faster still.)
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return torch.autocast(device.type, torch.bfloat16)

@@ -6,8 +6,12 @@
     2  a depth-wise convolution in the FFN          ffn="mlp" takes it back
     3  text has a cross-attention of its own,       text_attn="concat" has GLIDE's joint attention instead, with which
        instead of being in the sequence             the paper compares
-    4  time passes an MLP, of which the last layer also reads a vector of the text, if there is one (which layer, and
-       that the vector is the normalised mean of the normalised tokens: assumed)
+    4  time passes an MLP (without text: concluded from the paper's numbers of parameters), of which the last layer also
+       reads a vector of the text, if there is one (which layer, and that the vector is the normalised mean of the
+       normalised tokens: assumed)
+
+What comes with 3: a text may have any length, its tokens have no learnt places, and a norm after their embedding
+(assumed).
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, patch, patch, ..];
@@ -50,8 +54,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns, and without a mask in
-    bfloat16 their gradient takes two to four times as long as that of the formula."""
+    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns (Swin's does), and
+    without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
@@ -140,7 +144,7 @@ class DWConvFFN(nn.Module):
 
     def forward(self, x):                                               # (B, N, D)
         x = F.gelu(self.fc1(x))                                         # (B, N, 4D)
-        # each token is normed by itself: after the split, the norm leaves the convolution's input in one piece
+        # a norm sees one token at a time, so it may follow the split: it leaves the convolution's input in one piece
         extras, patches = self.norm1(x[:, :self.extras]), self.norm1(x[:, self.extras:])
         patches = self.dwconv(rearrange(patches, "B (h w) D -> B D h w", h=self.grid))
         x = torch.cat([extras, rearrange(patches, "B D h w -> B (h w) D")], dim=1)
@@ -180,7 +184,7 @@ class IUViT(nn.Module):
     def __init__(self,
                  img_size=32,               # pixels a side
                  channels=3,                # image channels
-                 patch_size=2,              # pixels a side of a patch; img_size / 16 keeps the published 256 patches
+                 patch_size=2,              # pixels a side of a patch; img_size / 16 keeps U-ViT's 256 patches
                  dim=512,                   # width of a token
                  depth=13,                  # blocks, the middle one included: 6 + 1 + 6
                  heads=8,
@@ -231,7 +235,7 @@ class IUViT(nn.Module):
         pos_embed          normal, std 0.02            (trunc_normal_ cuts at 2, a hundred std away: never)
         head               0, so the first prediction is 0 and the first loss E|target|^2, of eps 1 (assumed);
                            linear-first as published: of two layers in a row that start near zero neither learns fast
-        everything else    as PyTorch has it, as published"""
+        everything else    as PyTorch has it, as in U-ViT"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -258,7 +262,7 @@ class IUViT(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
             # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, as is the norm; by the first layer colours came later).
+            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; if the first does, colours come later).
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None]]                                            # (B, 1, D)
         if self.class_embed is not None:
@@ -274,8 +278,8 @@ class IUViT(nn.Module):
             x = block(x, text, skips.pop())                                 # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
-        # Linear-first leaves 12 = p*p*C sums of a token's D = 512 numbers before the convolution sees its neighbours: a
-        # pixel is made of 9 C = 27 numbers. Rearrange-first keeps them all, as D/p^2 = 128 channels: of 9 * 128 = 1152.
+        # Linear-first cuts a token's D = 512 numbers to p*p*C = 12 before the convolution sees its neighbours: a pixel
+        # is made of 9 C = 27. Rearrange-first keeps all, as D/p^2 = 128 channels: a pixel is made of 9 * 128 = 1152.
         x = self.to_pixels(x)                                               # (B, h*w, D); linear-first (B, h*w, p*p*C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)

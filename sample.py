@@ -153,7 +153,7 @@ def parse(argv):
     p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
     p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
                    "default: the run's own")
-    p.add_argument("--clip", choices=["none", "static", "dynamic"], help="limits on pictures; default: the run's own")
+    p.add_argument("--clip", choices=KNOWN["clip"], help="limits on pictures; default: the run's own")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
                    "one a line; default: the captions of the training's grid")
@@ -471,7 +471,7 @@ def check_places(args, command):
 
 
 @contextlib.contextmanager
-def drawing(batch):
+def errors_in_a_line(batch):
     """What may go wrong while a network runs becomes one line."""
     try:
         yield
@@ -548,7 +548,7 @@ def main():
     blocks = [(scale, range(args.n)[first:first + args.batch])
               for scale in args.cfg for first in range(0, args.n, args.batch)]
     drawn = {}
-    with diffusion.autocast(device, args.dtype), drawing(args.batch):
+    with diffusion.autocast(device, args.dtype), errors_in_a_line(args.batch):
         for scale, ids in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             if folder and all(file_of(out, i).exists() for i in ids):
                 continue                                                # drawn before the command was stopped
@@ -566,6 +566,7 @@ def main():
                 continue
             for i, picture in zip(ids, pictures):                       # kept there, and not in memory
                 unfinished = out / f"{i:06d}.part"
+                # not by data.write_file, which waits for the disk: for 50,000 pictures too often
                 Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
                 unfinished.replace(file_of(out, i))                     # whole, or not there
     drawn = gather(drawn, rank, world)

@@ -80,7 +80,7 @@ class Config:
     clip: str = "static"            # none, static, dynamic
     # the run
     init_from: str = ""             # start from these weights: a checkpoint, or a file of U-ViT's or ADM's authors
-    out: str = ""                   # default: runs/PRESET or runs/MODEL-DATA, and -COND where it is not the usual
+    out: str = ""                   # default: runs/PRESET, runs/MODEL-DATA[-COND], runs/DATA-from-FILE (--init-from)
     data_dir: str = "datasets"
     seed: int = 0
     device: str = "auto"            # auto, cpu, cuda, mps
@@ -98,19 +98,18 @@ class Config:
 CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
-# fields in which a resumed run may differ; all else is refused, by resume. (device changes what is drawn, accum which
-# units drop out, dtype, compile and grad_ckpt the last bits, steps the cool-down.)
+# fields in which a resumed run may differ; all else is refused, by resume. (device changes t, noise and the conditions
+# that are dropped; accum, which units drop out; dtype, compile and grad_ckpt, the last bits; steps, the cool-down.)
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
         "log_every", "sample_every", "save_every", "keep_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
 
 # Minutes on a laptop. The cosine schedule, since eps on the linear one hardly learns outlines in this time; times
 # gathered around t = 0.6, because there outlines are decided. On the cosine schedule eps cares less for high noise
-# than v and more for outlines, and which is better depends. Right by eps and by v were: of ASCEND's shapes 95 and
-# 93%, of the U-Net's 99 and 100, of IU-ViT's 37 and 89, of single objects of a text 99 and 85. Batch 16: every
-# picture teaches about 1.5 times as much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls
-# to zero over the last 40%. What goes wrong in short runs are oblong squares and crooked crosses: large mistakes made
-# early, which fresh noise mends and a deterministic path keeps, so they are drawn by Euler-Maruyama in 200 steps;
-# guidance gains little.
+# than v and more for outlines, and which is better depends. Right by eps / v: ASCEND's shapes 95 / 93%, the U-Net's
+# 99 / 100 (its single objects of a text 99 / 85), IU-ViT's 37 / 89. Batch 16: every picture teaches about 1.5 times as
+# much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls to zero over the last 40%. What goes
+# wrong in short runs are oblong squares and crooked crosses: large mistakes made early, which fresh noise mends and a
+# deterministic path keeps, so they are drawn by Euler-Maruyama in 200 steps; guidance gains little.
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
@@ -144,6 +143,8 @@ PRESETS = {
     "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", prediction="eps",
                               net=dict(PYRAMID, resample="conv", text_dim=256)),
     "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", net=dict(VIT, text_dim=256)),
+    "ascend-shapes-text": dict(LAPTOP_TEXT, model="ascend", prediction="eps", time_shift=2.2,
+                               net=dict(PYRAMID, text_dim=256)),
 
     "unet-emoji64":   dict(SMALL64, model="unet", net=dict(PYRAMID64, resample="conv")),
     "uvit-emoji64":   dict(SMALL64, model="uvit", net=VIT64),
@@ -219,9 +220,9 @@ PAPER_RUNS = [
     ("ascend-celebahq256",    500_000,  128, 2e-4, ASCEND256,                           {}),
     ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),    # 590M; dim_mults given
 ]
-for name, steps, batch, lr, net, other in PAPER_RUNS:
-    model, dataset = name.split("-")[:2]
-    PRESETS[name] = dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
+PRESETS.update({
+    name: dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
+    for name, steps, batch, lr, net, other in PAPER_RUNS for model, dataset in [name.split("-")[:2]]})
 
 
 def json_object(text):
@@ -292,15 +293,15 @@ def parse(argv):
         fail(f"--fresh would move {config.init_from} away, which --init-from is to read: choose another --out")
 
     # is it sensible
-    for name, value in dataclasses.asdict(config).items():
-        flag = f"--{name.replace('_', '-')}"
+    for field, value in dataclasses.asdict(config).items():
+        flag = f"--{field.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"{flag} must be a finite number, not {value}")
-        if name in POSITIVE and not value > 0:
+        if field in POSITIVE and not value > 0:
             fail(f"{flag} must be above 0, not {value}")
-        if name in ("drop", "cooldown", "ema", "beta1", "beta2") and not 0 <= value < 1:
+        if field in ("drop", "cooldown", "ema", "beta1", "beta2") and not 0 <= value < 1:
             fail(f"{flag} must lie in [0, 1), not at {value}")
-        if name in ("warmup", "workers", "weight_decay", "seed", "keep_every") and not 0 <= value < 2**63:
+        if field in ("warmup", "workers", "weight_decay", "seed", "keep_every") and not 0 <= value < 2**63:
             fail(f"{flag} must not be negative, nor 2^63 or more")
     return config, fresh, dry_run
 
@@ -402,9 +403,6 @@ def measure(config, info, tokens=data.MAX_TOKENS):
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
-BAD_STEPS = 100         # so many gradients in a row that are not finite, seen when it logs, and a run stops
-
-
 def checkpoint_blocks(net):
     """Gradient checkpointing: blocks keep only what comes in, and compute the rest again in the backward pass, for up
     to a third more time and a fraction of the memory. (The middle, a single block, stays as it is.)"""
@@ -471,7 +469,7 @@ def resume(config, info, net, ema, opt):
         old = {**dataclasses.asdict(Config()), **old, **old["info"]}        # facts of the set beside the fields
     except (ValueError, TypeError, KeyError):
         fail(f"the config of {out} is not that of a run: choose another --out")
-    asked = {"captioned": None, **dataclasses.asdict(config), **info}
+    asked = {"captioned": None, **dataclasses.asdict(config), **info}       # None: now all pictures have captions
     asked = json.loads(json.dumps(asked))                           # in JSON, tuples are lists
     if data.same_encoder(str(old.get("encoder")), config.encoder):  # which may lie elsewhere by now
         old["encoder"] = config.encoder
@@ -494,8 +492,8 @@ def resume(config, info, net, ema, opt):
 
 
 def choose_encoder(config, source, fresh):
-    """Settle whose features of the set are read: those of --encoder, or the run's own, whatever has been encoded since.
-    Their width is the network's."""
+    """Choose the encoder whose features are read: --encoder, or else the one that the run began with, whatever has been
+    encoded since. The network's text_dim becomes its width."""
     try:
         old = json.loads(Path(config.out, "config.json").read_bytes())
         own = str(old["encoder"]) if old["data"] == config.data and not fresh else ""
@@ -574,12 +572,13 @@ def join(config, device):
     return store
 
 
+BAD_STEPS = 100         # so many gradients in a row that are not finite, seen when it logs, and a run stops
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]    # Windows: two
 
 
 def listen_for_stops(worker=None):
-    """A list that the first Ctrl-C, SIGTERM or closed terminal enters, but for which it does nothing; the second kills.
-    (No tensor, as torch.compile may be tracing just then.)
+    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list that the first one enters, for the loop to look at; the
+    second kills. (No tensor, as torch.compile may be tracing just then.)
 
     Loader workers outlive the first one, too, since the step that training finishes may still need their batch."""
     stops = []
@@ -635,12 +634,13 @@ def main():
     torch.manual_seed(config.seed)
     net = diffusion.on_clock(build(config, info), config.clock)
     begins = fresh or not (out / "ckpt.pt").exists()
-    origin = start_from(net, config, info) if config.init_from and begins else None     # or refused, without a folder
+    # weights that do not fit are refused here, before there is a folder; what a run has is loaded by resume(), below
+    origin = start_from(net, config, info) if config.init_from and begins else None
 
     # data, and the run's folder: rank 0 makes what is missing, and the others wait
     if main_rank:
         prepare(config, source)
-        if fresh:                                                   # early: where a rank dies later, this run goes on
+        if fresh:                                                   # early: torchrun's restarts go on with this run
             move_aside(out)
         lock = claim(out)                                           # held to the end of this function
         if store:
@@ -668,7 +668,7 @@ def main():
         dist.all_gather_object(starts, start)
         if len(set(starts)) > 1:
             fail(f"processes find {out} at different steps {starts}: all nodes must see the same --out")
-    if main_rank:
+    if main_rank and start < config.steps:
         print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
               f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
               f"{features.n if features else len(pictures):,} pictures of {config.data}, "
@@ -686,7 +686,7 @@ def main():
     model = net
     compiled = config.compile or (config.compile is None and device.type == "cuda")
     if compiled:
-        if main_rank:
+        if main_rank and start < config.steps:
             print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
         model = compile_network(model, one_pass=world == 1 and config.accum == 1 and not config.grad_ckpt)
     if world > 1:
@@ -707,7 +707,7 @@ def main():
         worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: the latest of them
+    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: without a break
     logged = saved = start                                          # steps: of the last row, of the last checkpoint
     began, since = time.time() - seconds, time.time()               # since: last logged, later by what was no training
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
@@ -756,8 +756,9 @@ def main():
             log(step)
             since, logged = time.time(), step
             if in_row >= BAD_STEPS:
+                good = f"{out / 'ckpt.pt'} is of step {saved}" if saved else "nothing was saved yet"
                 fail(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
-                     f"{out / 'ckpt.pt'} is of step {saved}. Try a smaller --lr, or --dtype float32")
+                     f"{good}. Try a smaller --lr, or --dtype float32")
         pause = time.time()
         kept = step > 0 and config.keep_every and step % config.keep_every == 0
         if step > saved and (step % config.save_every == 0 or kept or leaving or last):

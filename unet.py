@@ -105,8 +105,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns, and without a mask in
-    bfloat16 their gradient takes two to four times as long as that of the formula."""
+    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns (Swin's does), and
+    without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
@@ -279,7 +279,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
     def forward(self, x, t, y=None, mask=None):
-        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W). An image of another size than
+        img_size passes, if it halves evenly: attention stays at the same levels.
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
         mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: of one
@@ -294,7 +295,7 @@ class UNet(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, as is the norm; by the first layer colours came later).
+            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; if the first does, colours come later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)

@@ -121,7 +121,7 @@ def test_importing_a_script_runs_nothing(name, tmp_path):
 
 PARAMETERS = {
     "unet-shapes": 762_691, "uvit-shapes": 854_820, "iuvit-shapes": 906_501, "ascend-shapes": 874_291,
-    "unet-shapes-text": 866_787, "iuvit-shapes-text": 1_198_149,
+    "unet-shapes-text": 866_787, "iuvit-shapes-text": 1_198_149, "ascend-shapes-text": 978_387,
     "unet-emoji64": 4_663_811, "uvit-emoji64": 7_803_012, "iuvit-emoji64": 10_464_179, "ascend-emoji64": 5_148_081,
     "unet-cifar10": 42_855_427, "unet-celeba64": 82_837_635,
     "unet-church256": 118_795_011, "unet-bedroom256": 118_795_011,
