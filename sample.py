@@ -459,10 +459,13 @@ def check_places(args, command):
     folder, record = args.out.suffix != ".png", args.out / ASKED
     files = [file for file in (args.npz, not folder and args.out) if file]
     for place in [*(file.parent for file in files), *([args.out] if folder else [])]:
-        place.mkdir(parents=True, exist_ok=True)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            fail(f"cannot write there: {e}")
         if not os.access(place, os.W_OK):
             fail(f"no permission to write into {place}")
-    if len({*files}) < len(files) or any(file.is_dir() for file in files):
+    if len({file.resolve() for file in files}) < len(files) or any(file.is_dir() for file in files):
         fail("a sheet and an .npz are files of their own, and no folders that are there: choose another --out or --npz")
     if folder and any(path != record for path in args.out.iterdir()) and not (
             record.is_file() and record.read_bytes() == command):

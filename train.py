@@ -440,8 +440,11 @@ def learning_rate(config, step):
 def claim(out):
     """Make the run's folder if it is not there -> an open file: as long as it is open, and this process lives, no other
     process can claim the folder. Two trainings would overwrite each other's checkpoints."""
-    Path(out, "samples").mkdir(parents=True, exist_ok=True)
-    f = open(Path(out, ".lock"), "a")
+    try:
+        Path(out, "samples").mkdir(parents=True, exist_ok=True)
+        f = open(Path(out, ".lock"), "a")
+    except OSError as e:
+        fail(f"cannot write to --out {out}: {e}")
     if not data.lock(f):
         fail(f"another training is writing to {out}: stop it, or choose another --out")
     return f
@@ -552,8 +555,9 @@ def draw_progress(folder, size):
             strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
         except (OSError, SyntaxError):                  # damaged: the run is worth more than one of its strips
             continue
-    width = strips[-1].width                            # others may be of another --samples
-    sheet = Image.fromarray(np.concatenate([np.asarray(s.crop((0, 0, width, size + 2))) for s in strips]))
+    sheet = Image.new("RGB", (max(s.width for s in strips), (size + 2) * len(strips)), "white")
+    for i, strip in enumerate(strips):
+        sheet.paste(strip, (0, i * (size + 2)))
     data.write_file(folder / "progress.png", lambda f: sheet.save(f, "png"))
 
 

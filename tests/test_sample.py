@@ -285,10 +285,15 @@ def test_only_pictures_of_shapes_are_scored(drawn, altered):
         drawn("--ckpt", altered(data="emoji64"), "--score")
 
 
+def test_the_npz_does_not_take_the_place_of_the_sheet(drawn, tmp_path):
+    with pytest.raises(data.UserError, match="files of their own"):
+        drawn("--out", "same.png", "--npz", tmp_path / "same.png")
+
+
 @pytest.mark.parametrize("flag", ["--out", "--npz"])
 def test_a_place_that_cannot_be_written_to_is_one_message(drawn, tmp_path, flag):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(data.UserError, match="file"):
         drawn(flag, "file/pictures.png" if flag == "--out" else "file/pictures.npz")
 
 
