@@ -486,6 +486,9 @@ def resume(config, info, net, ema, opt):
         net.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         opt.load_state_dict(ckpt["opt"])
+        if any(moment.shape != p.shape for p, state in opt.state.items()            # which fused AdamW believes
+               for moment in (state["exp_avg"], state["exp_avg_sq"])):
+            raise ValueError("moments of other shapes than the weights")
         return int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
     except torch.OutOfMemoryError:                                  # the checkpoint is good
         raise

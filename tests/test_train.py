@@ -358,10 +358,17 @@ def drop_the_average(file):
     torch.save({key: value for key, value in torch.load(file).items() if key != "ema"}, file)
 
 
+def change_a_moment(file):
+    ckpt = torch.load(file)
+    ckpt["opt"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(ckpt, file)
+
+
 @pytest.mark.parametrize("damage, says", [
     (truncate, "cannot read the checkpoint run/ckpt.pt"), (flip_a_bit, "cannot read the checkpoint run/ckpt.pt"),
     (run_a_program, "cannot read the checkpoint run/ckpt.pt"),
-    (drop_the_average, "run/ckpt.pt is damaged or of other code")])
+    (drop_the_average, "run/ckpt.pt is damaged or of other code"),
+    (change_a_moment, "run/ckpt.pt is damaged or of other code .*moments of other shapes")])
 def test_a_damaged_checkpoint_is_refused_and_not_overwritten(trained, damage, says):
     trained()
     damage(Path("run/ckpt.pt"))
