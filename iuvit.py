@@ -10,7 +10,7 @@
        reads a vector of the text, if there is one (which layer, and that the vector is the normalised mean of the
        normalised tokens: assumed)
 
-What comes with 3: a text may have any length, its tokens have no learnt places, and a norm after their embedding
+What comes with 3: a text may have any length, and its tokens have no learnt places, but a norm after their embedding
 (assumed).
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
