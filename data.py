@@ -1444,7 +1444,8 @@ class Pictures:
             if "place" in meta:
                 self.place, self.crop = open_place(folder, meta), meta["crop"]
                 if meta["place"] == "Tars" and meta["captions"]:
-                    self.captions = Rows(self.n, lambda i: self.place.captions(self.place.names[i]))
+                    place = self.place                  # and not self, which would never be freed by itself
+                    self.captions = Rows(self.n, lambda i: place.captions(place.names[i]))
             else:
                 self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
                 if (self.images.dtype, self.images.shape[1:]) != (np.uint8, (3, self.size, self.size)):

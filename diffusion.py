@@ -196,7 +196,7 @@ def carry(x, x0, t, s, schedule):
 @torch.no_grad()
 def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x. For small
-    steps it is Eq. 2-3, with noise of variance beta instead of the posterior's, smaller only near the picture.
+    steps it is Eq. 2-3, but for the variance of the noise: beta here, there the posterior's, less near the picture.
 
     First order, so its error falls only as 1 / steps. Each step replaces the part beta (below) of x's variance by fresh
     noise, and holds the score meanwhile, so beta must be small where x is more than noise: on the linear schedule it is
