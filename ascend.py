@@ -71,7 +71,7 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns (Swin's does), and
+    PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (Swin's does), and
     without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
@@ -398,7 +398,7 @@ class ASCEND(nn.Module):
                 size //= 2
 
         # middle
-        self.middle = Layer(block("conv", C, C, size), *attention(C), block("conv", C, C, size))
+        self.middle = Layer(ResBlock(C, C, E, dropout), *attention(C), ResBlock(C, C, E, dropout))
 
         # decoder: one layer for each layer of the encoder, whose output is its skip
         self.use_skips = skips
@@ -434,7 +434,7 @@ class ASCEND(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; if the first does, colours come later).
+            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; read by the first, colours came later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
@@ -445,7 +445,7 @@ class ASCEND(nn.Module):
         for layer in self.decoder:
             skip = skips.pop()                                          # in the ablation it is dropped
             h = layer(torch.cat([h, skip], dim=1) if self.use_skips else h, emb, text)  # back up, level by level
-        assert not skips                                                # one decoder layer for each of the encoder
+        assert not skips, "num_blocks is below 0"                       # one decoder layer for each of the encoder
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 
 

@@ -1283,7 +1283,7 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
                                               if row["size"] else "must be at least 8"))
     if crop is not None and "crop" not in row:
         raise UserError(f"--crop: the pictures of {name} are square already")
-    if crop == "bbox" != row["crop"]:
+    if crop == "bbox" and row["crop"] != "bbox":
         raise UserError(f"--crop {crop}: {name} has no such boxes")
     if crop is not None and not re.fullmatch(CROP, crop):
         raise UserError(f"--crop {crop} is none of: square (the largest in the middle), adm (the same as ADM cuts "

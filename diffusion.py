@@ -260,8 +260,8 @@ class ImageNoise:
 
 def sample(denoise, noise, schedule, sampler="dpm", steps=20):
     """Pictures (B, C, H, W), about in [-1, 1], from a denoiser and an ImageNoise."""
-    step, grid = SAMPLERS[sampler]
-    return step(denoise, noise(), grid(schedule, steps), schedule, noise)
+    walk, grid = SAMPLERS[sampler]
+    return walk(denoise, noise(), grid(schedule, steps), schedule, noise)
 
 
 # ---- where and how precisely to compute -----------------------------------------------------------------

@@ -54,7 +54,7 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns (Swin's does), and
+    PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (Swin's does), and
     without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
@@ -144,7 +144,7 @@ class DWConvFFN(nn.Module):
 
     def forward(self, x):                                               # (B, N, D)
         x = F.gelu(self.fc1(x))                                         # (B, N, 4D)
-        # a norm sees one token at a time, so it may follow the split: it leaves the convolution's input in one piece
+        # a norm sees one token at a time, so it may follow the split: it leaves the convolution's input contiguous
         extras, patches = self.norm1(x[:, :self.extras]), self.norm1(x[:, self.extras:])
         patches = self.dwconv(rearrange(patches, "B (h w) D -> B D h w", h=self.grid))
         x = torch.cat([extras, rearrange(patches, "B D h w -> B (h w) D")], dim=1)
@@ -262,7 +262,7 @@ class IUViT(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
             # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; if the first does, colours come later).
+            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; read by the first, colours came later).
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None]]                                            # (B, 1, D)
         if self.class_embed is not None:

@@ -45,6 +45,7 @@ def fail(message):
 
 # ---- a checkpoint ---------------------------------------------------------------------------------------------
 
+# what these fields of a config may hold; also the choices of train.py's flags
 KNOWN = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
              clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
 
@@ -115,15 +116,15 @@ def load(path, weights="ema", device="cpu"):
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
 
 
-def draw(net, config, asked, ids, device):
+def draw(net, config, wanted, ids, device):
     """Pictures number `ids`, uint8 (B, 3, S, S), each from noise of its own.
 
-    config: as `load` returns it. asked: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)]."""
+    config: as `load` returns it. wanted: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)]."""
     size, cond, null = config["info"]["size"], (), len(config["info"]["classes"])
     if config["cond"] == "class":
-        cond = (asked.to(device),)
+        cond = (wanted.to(device),)
     elif config["cond"] == "text":
-        features, mask = data.pad(asked)
+        features, mask = data.pad(wanted)
         cond, null = (features.to(device).float(), mask.to(device)), config["text"]["null"]
     noise = diffusion.ImageNoise(data.image_seeds(config["seed"], ids), (3, size, size), device)
     schedule = diffusion.SCHEDULES[config["schedule"]]
@@ -568,7 +569,7 @@ def main():
                 drawn[scale, ids] = pictures
                 continue
             for i, picture in zip(ids, pictures):                       # kept there, and not in memory
-                unfinished = out / f"{i:06d}.part"
+                unfinished = file_of(out, i).with_suffix(".part")
                 # not by data.write_file, which waits for the disk: for 50,000 pictures too often
                 Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
                 unfinished.replace(file_of(out, i))                     # whole, or not there

@@ -4,10 +4,10 @@
     python train.py --model iuvit --data cifar10                     one GPU: the paper's CIFAR-10 run
     torchrun --nproc_per_node=8 train.py --model ascend --data cifar10
     python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config below is a flag
-    python train.py --init-from cifar10_uvit_small.pth --data cats   go on from weights, your own or published ones
+    python train.py --init-from celeba64_uvit_small.pth --data cats  go on from weights, your own or published ones
 
-The same command again resumes from the run's checkpoint: on a CPU, with as many processes and the same --accum, bit for
-bit. A larger --steps goes on from there.
+The same command again resumes from the run's checkpoint: on a CPU, with as many processes and threads and the same
+--accum, bit for bit. A larger --steps goes on from there.
 """
 import argparse
 import copy
@@ -51,7 +51,7 @@ class Config:
     model: str = "unet"             # unet, uvit, iuvit, ascend
     data: str = "shapes"            # a built-in set, or a prepared one: see data.py
     cond: str = "none"              # none, class, text
-    encoder: str = ""               # of the text: words, or a T5 encoded by data.py; default: see data.find_encoder
+    encoder: str = ""               # of the text: words, or the T5 of `data.py encode`; default: see data.find_encoder
     net: dict = dataclasses.field(default_factory=dict)     # the network's constructor arguments, as JSON
     # diffusion
     schedule: str = "linear"        # linear, cosine
@@ -80,7 +80,7 @@ class Config:
     clip: str = "static"            # none, static, dynamic
     # the run
     init_from: str = ""             # start from these weights: a checkpoint, or a file of U-ViT's or ADM's authors
-    out: str = ""                   # default: runs/PRESET, runs/MODEL-DATA[-COND], runs/DATA-from-FILE (--init-from)
+    out: str = ""                   # default: runs/PRESET[-COND], MODEL-DATA[-COND], or DATA-from-FILE (--init-from)
     data_dir: str = "datasets"
     seed: int = 0
     device: str = "auto"            # auto, cpu, cuda, mps
@@ -126,8 +126,8 @@ SMALL64 = dict(LAPTOP, data="emoji64", cond="text", cfg=2.0, time_shift=2.0, tim
 
 # Narrow networks, because in minutes the number of steps counts for more than width: the shape asked for is learnt all
 # of a sudden, by the U-Net in its steps 2,000 to 2,500. Width 16, because CPUs multiply 16 numbers at a time. Most of
-# the width is where pictures are small, since at full size a channel costs the most time; doubled at half size already,
-# the network learnt shapes later (of 64 pixels, half is 32). U-ViT and IU-ViT see patches of 4.
+# the width is where pictures are small, since at full size a channel costs the most time; doubled at 16 pixels already,
+# the network learnt shapes later (PYRAMID64 doubles at its half size, 32). U-ViT and IU-ViT see patches of 4.
 PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
 PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8], text_dim=256)
 VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
@@ -690,7 +690,7 @@ def main():
 
     if config.grad_ckpt:
         checkpoint_blocks(net)                                      # and not its average, which needs no gradients
-    model = net
+    model = net                                                     # what learns: net, perhaps compiled, perhaps in DDP
     compiled = config.compile or (config.compile is None and device.type == "cuda")
     if compiled:
         if main_rank and start < config.steps:
@@ -777,7 +777,8 @@ def main():
             saved = step
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
             data.copy_file(out / "ckpt.pt", kept_file)
-        if step > start and (step % config.sample_every == 0 or last):
+        sheet = out / f"samples/step_{step:07d}.png"                # of `start` there is none if its drawing was killed
+        if step > 0 and (step % config.sample_every == 0 or last) and not (step == start and sheet.exists()):
             with precision:
                 draw_grid(ema, dict(record, text=text), step, micro, device)
         since += time.time() - pause
@@ -798,8 +799,7 @@ def main():
             cond[0] = cond[0].float()                                                    # (b, L, d); cond[1]: mask
         cond = data.drop(cond, null, dropped)                                            # for guidance
 
-        for group in opt.param_groups:
-            group["lr"] = learning_rate(config, step)
+        opt.param_groups[0]["lr"] = learning_rate(config, step)
         for m in range(config.accum):
             torch.manual_seed(data.seed32(config.seed, step, m, rank))                  # for nn.Dropout alone
             part = slice(m * micro, (m + 1) * micro)
@@ -830,8 +830,8 @@ def main():
         print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(time.time() - began) / 60:.1f} minutes "
               f"in all: look at {out / 'samples'}; {hint}")
     if world > 1:
-        del model                                                   # first, as DDP holds the group too: freed last by
-        dist.destroy_process_group()                                # it, with Python's lock held, it may wait for ever
+        del model                                                   # first: a group that DDP is the last to free, with
+        dist.destroy_process_group()                                # Python's lock held, may wait for ever
 
 
 if __name__ == "__main__":

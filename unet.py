@@ -105,7 +105,7 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns (Swin's does), and
+    PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (Swin's does), and
     without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
@@ -261,13 +261,13 @@ class UNet(nn.Module):
         # middle
         self.middle = Layer(res(C, C), *attention(C), res(C, C))
 
-        # decoder: one layer for each skip, whose width is read off the encoder. The last of a level takes the output of
-        # the down before it (at full size, of the first conv)
-        skips = [layer.out_channels for layer in self.encoder]
+        # decoder: one layer for each skip (widths are the encoder's). The last layer of a level has as its skip what
+        # came down to this level, the output of the down before it (at full size, of the first conv)
+        widths = [layer.out_channels for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
             for i in range(num_blocks + 1):
-                layer = [res(C + skips.pop(), mult * dim), *attention_at(size, mult * dim)]
+                layer = [res(C + widths.pop(), mult * dim), *attention_at(size, mult * dim)]
                 C = mult * dim
                 if level > 0 and i == num_blocks:
                     layer.append(res(C, C, "up") if resample == "resblock" else Upsample(C))
@@ -295,7 +295,7 @@ class UNet(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; if the first does, colours come later).
+            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; read by the first, colours came later).
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
@@ -305,7 +305,7 @@ class UNet(nn.Module):
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
             h = layer(torch.cat([h, skips.pop()], dim=1), emb, text)    # back up, level by level
-        assert not skips                                                # every skip was used, once
+        assert not skips, "num_blocks is below 0"                       # every skip was used, once
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 
 

@@ -37,7 +37,7 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except twice when training on a CPU: they know no bias that learns (Swin's does), and
+    PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (Swin's does), and
     without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16

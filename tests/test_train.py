@@ -632,6 +632,19 @@ def test_keep_every_leaves_checkpoints_that_can_be_drawn_from(trained):
     assert sorted(path.name for path in Path("kept").glob("ckpt*")) == files
 
 
+@pytest.mark.parametrize("steps, sheets", [(2, [2]), (3, [2, 3])], ids=["finished", "continued"])
+def test_a_sheet_whose_drawing_was_killed_is_drawn_by_the_next_start(trained, monkeypatch, steps, sheets):
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "draw_grid", killed)
+        with pytest.raises(SystemExit):
+            trained("--sample-every", 2)
+    trained("--sample-every", 2, "--steps", steps)
+    assert sorted(path.name for path in Path("run/samples").glob("step_*")) == [f"step_{n:07d}.png" for n in sheets]
+
+
 @pytest.mark.parametrize("flags, modes", [([], []), (["--no-compile"], []), (["--compile"], ["reduce-overhead"]),
                                           (["--compile", "--accum", 2], ["default"]),
                                           (["--compile", "--grad-ckpt"], ["default"])], ids=str)
