@@ -174,7 +174,7 @@ def read_dict(path):
             warnings.simplefilter("ignore")             # of pickles that it will refuse in a moment
             whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                              # torch raises half a dozen kinds
-        code, reason = re.search(r"GLOBAL ([\w.]+)", str(e)), (str(e).splitlines() or [e])[0]
+        code, reason = re.search(r"GLOBAL ([\w.]+)", str(e)), (str(e).splitlines() or [repr(e)])[0]
         if code:
             reason = f"it holds {code[1]}, and more than tensors and plain values could run code here"
         elif isinstance(e, pickle.UnpicklingError):     # torch's own advice would be to run the code
@@ -711,6 +711,11 @@ def digest(lines):
     return h.hexdigest()
 
 
+def decode(raw):
+    """The bytes of a text file -> str. Windows' editors begin one with a mark, its PowerShell with that of UTF-16."""
+    return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace")
+
+
 class Place:
     """Has `names`, in an order that is always the same; open(name) -> a binary file; and sha256, over the list of its
     files and their sizes, which tells it from another, or a later one whose files have other sizes."""
@@ -721,7 +726,7 @@ class Place:
 
     def text(self, name):
         with self.open(name) as f:
-            return f.read().decode("utf-8-sig", "replace")      # Windows' editors begin a file with a mark
+            return decode(f.read())
 
     def find(self, pattern):
         """Names whose last part matches."""
@@ -868,7 +873,7 @@ class Tars(Place):
         return io.BytesIO(self.read(name[0], name[2], name[3]))
 
     def captions(self, name):
-        return [self.read(name[0], name[4], name[5]).decode("utf-8-sig", "replace").strip()]
+        return [decode(self.read(name[0], name[4], name[5])).strip()]
 
     def title(self, name):                              # a member's header is the block before it
         member = self.read(name[0], name[2] - 512, 100).split(b"\0")[0].decode(errors="replace")
@@ -1025,13 +1030,16 @@ def folder_labels(place, names):
     if "dataset.json" in place.names:
         try:
             labels = {name: int(label) for name, label in json.loads(place.text("dataset.json"))["labels"] or []}
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, OverflowError) as e:
             raise UserError(f"dataset.json in {place.src} is no {{'labels': [['a.png', 0], ..]}}: "
                             f"{type(e).__name__} {e}")
         missing = [name for name in names if labels.get(name, -1) < 0]
         if labels and missing:
             raise UserError(f"dataset.json in {place.src} has no label for {len(missing):,} of its pictures, "
                             f"such as {missing[0]!r}")
+        if labels and max(labels.values()) >= max(1000, len(names)):
+            raise UserError(f"dataset.json in {place.src} has a label {max(labels.values())} for {len(names):,} "
+                            "pictures: labels are the numbers of classes, from 0")
         return (numbered(1 + max(labels.values()), 0), labels.get) if labels else ([], None)
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
     number = {top: i for i, top in enumerate(sorted(tops))}
@@ -1051,13 +1059,14 @@ def read_metadata(place, table):
     found, folder = {}, os.path.dirname(table)
     try:
         with place.open(table) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as f:
-            for row in map(json.loads, filter(str.strip, f)) if table.endswith(".jsonl") else csv.DictReader(f):
+            by_line = table.endswith(".jsonl")
+            for row in map(json.loads, filter(str.strip, f)) if by_line else csv.DictReader(f, strict=True):
                 text = next((row[name] for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
                 if text is not None:
                     name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
                     texts = text if isinstance(text, list) else [text]
-                    found[name] = [str(t) for t in texts if t is not None] or [""]
-    except (ValueError, KeyError, TypeError, csv.Error) as e:
+                    found.setdefault(name, []).extend([str(t) for t in texts if t is not None] or [""])
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
         raise UserError(f"{table} in {place.src} should hold file_name and text in every row: {type(e).__name__} {e}")
     if not found:
         print(f"warning: {table} in {place.src} gives no captions in a column text, caption or prompt", file=sys.stderr)
@@ -1290,6 +1299,8 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
                         "it), N (the middle N pixels), LEFT,TOP,RIGHT,BOTTOM (a box)")
     if classes is not None and row["source"] not in (CELEBA, CELEBA_HQ):
         raise UserError("--classes: only celeba64 and celebahq256 have attributes")
+    if classes is not None and len(classes) > 10:
+        raise UserError(f"--classes: {len(classes)} attributes make 2^{len(classes)} classes; at most 10 go together")
     src = src and os.path.abspath(os.path.expanduser(src))
     if src and Path(os.path.abspath(folder)) in (Path(src), *Path(src).parents):
         raise UserError(f"--src {src} lies in {folder}, where the set goes: move the pictures away")

@@ -252,7 +252,7 @@ class ImageNoise:
 
     def __call__(self):
         on_gpu = torch.device(self.device).type == "cuda"
-        noise = torch.empty(len(self.generators), *self.shape, pin_memory=on_gpu)
+        noise = torch.empty(len(self.generators), *self.shape, pin_memory=on_gpu, device="cpu")
         for image, generator in zip(noise, self.generators):
             image.normal_(generator=generator)
         return noise.to(self.device, non_blocking=on_gpu)       # from pinned memory: a GPU is not waited for

@@ -180,6 +180,8 @@ def parse(argv):
         fail(f"--cfg must be a finite number, not {args.cfg}")
     if args.cfg and len(args.cfg) > 1 and (args.npz or args.out.suffix != ".png"):
         fail("several scales of --cfg are rows of a sheet: --out is a .png then, and there is no --npz")
+    if args.npz and args.npz.suffix != ".npz":
+        fail(f"--npz names a file that ends in .npz, not {args.npz}")
     if args.compile and args.attend:
         fail("--attend watches the network from inside, which a compiled one does not allow: leave out --compile")
     if args.seed < 0:
@@ -216,7 +218,7 @@ def with_files(prompts):
     for prompt in prompts:
         if prompt.startswith("@"):
             try:
-                lines = Path(prompt[1:]).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                lines = data.decode(Path(prompt[1:]).read_bytes()).splitlines()
             except OSError as e:
                 fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
             found += [line.strip() for line in lines if line.strip()]
@@ -466,8 +468,8 @@ def check_places(args, command):
             fail(f"cannot write there: {e}")
         if not os.access(place, os.W_OK):
             fail(f"no permission to write into {place}")
-    if len({file.resolve() for file in files}) < len(files) or any(file.is_dir() for file in files):
-        fail("a sheet and an .npz are files of their own, and no folders that are there: choose another --out or --npz")
+    if any(file.is_dir() for file in files):
+        fail("a sheet and an .npz are files, and no folders that are there: choose another --out or --npz")
     if folder and any(path != record for path in args.out.iterdir()) and not (
             record.is_file() and record.read_bytes() == command):
         fail(f"the folder {args.out} is not empty, and not of this very command: choose another --out, so that nothing "

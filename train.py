@@ -21,6 +21,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import signal
 import sys
 import time
@@ -385,13 +386,24 @@ def build(config, info):
     return MODELS[config.model](img_size=info["size"], num_classes=classes, **config.net)
 
 
+def kind(value):
+    """What a value in --net is, by name: Python would take "false" for true, and finds no 16 in ["16"]."""
+    if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+        return "list of integers"
+    return {int: "number", float: "number"}.get(type(value), type(value).__name__)
+
+
 def measure(config, info, tokens=data.MAX_TOKENS):
     """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two, and a
     text has so many tokens.
 
     The forward has shapes but no numbers, so it finds what does not fit before a run has a folder."""
     from torch.utils.flop_counter import FlopCounterMode
+    usual = inspect.signature(MODELS[config.model]).parameters
     try:
+        for key, value in config.net.items():
+            if key in usual and kind(value) != kind(usual[key].default):
+                raise TypeError(f"{key} {value!r} is no {kind(usual[key].default)}")
         with torch.device("meta"), torch.no_grad():
             net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
             assert all(p.numel() for p in net.parameters()), "it has a layer of no width"
@@ -399,7 +411,8 @@ def measure(config, info, tokens=data.MAX_TOKENS):
             with FlopCounterMode(display=False) as counter:
                 net(x, t, *{"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}[config.cond])
     except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
-        fail(f"{config.model} with --net {json.dumps(config.net)} on {config.data}, {info['size']} pixels: {e}")
+        reason = (str(e).splitlines() or [repr(e)])[0]              # torch adds pages
+        fail(f"{config.model} with --net {json.dumps(config.net)} on {config.data}, {info['size']} pixels: {reason}")
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
@@ -451,13 +464,14 @@ def claim(out):
 
 
 def move_aside(out):
-    """--fresh: what is in the run's place keeps its files under another name, unless it is running."""
-    if Path(out, ".lock").exists():
-        claim(out).close()
-    if out.exists():
-        aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
-        out.rename(aside)
-        print(f"the old run is now {aside}")
+    """--fresh: a run that is there keeps its files under another name, unless it is running. What is no run, such as a
+    folder of runs, stays where it is."""
+    if not any(Path(out, file).exists() for file in ("config.json", "ckpt.pt")):
+        return
+    claim(out).close()
+    aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
+    out.rename(aside)
+    print(f"the old run is now {aside}")
 
 
 def resume(config, info, net, ema, opt):
@@ -556,7 +570,7 @@ def draw_progress(folder, size):
         try:
             sheet = Image.open(files[i])
             strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
-        except (OSError, SyntaxError):                  # damaged: the run is worth more than one of its strips
+        except Exception:                               # damaged: the run is worth more than one of its strips
             continue
     sheet = Image.new("RGB", (max(s.width for s in strips), (size + 2) * len(strips)), "white")
     for i, strip in enumerate(strips):
@@ -826,7 +840,8 @@ def main():
     if main_rank:
         hint = "the same command resumes"
         if last:
-            hint = f"draw more with `python sample.py --ckpt {out / 'ckpt.pt'}`, or go on with a larger --steps"
+            ckpt = shlex.quote(str(out / "ckpt.pt"))
+            hint = f"draw more with `python sample.py --ckpt {ckpt}`, or go on with a larger --steps"
         print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(time.time() - began) / 60:.1f} minutes "
               f"in all: look at {out / 'samples'}; {hint}")
     if world > 1:

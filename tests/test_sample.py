@@ -216,7 +216,7 @@ def test_without_any_run_it_says_how_to_get_one(tmp_path):
     ("--cfg nan", "--cfg"), ("--sampler euler", "em, ddim, dpm"), ("--clip hard", "none, static, dynamic"),
     ("--weights best", "ema, raw"), ("--device tpu", "auto, cpu, cuda, mps"),
     ("--dtype float16", "auto, float32, bfloat16"), ("--prompts cat", "--prompts cat"),
-    ("--ckpt nowhere.pt", "nowhere.pt")])
+    ("--ckpt nowhere.pt", "nowhere.pt"), ("--npz samples.png", "ends in .npz")])
 def test_a_mistake_in_a_flag_is_answered_by_what_is_allowed(drawn, flags, says):
     with pytest.raises(data.UserError) as mistake:
         drawn(*flags.split())
@@ -226,6 +226,10 @@ def test_a_mistake_in_a_flag_is_answered_by_what_is_allowed(drawn, flags, says):
 
 def text(file, ckpt):
     file.write_text("not a checkpoint")
+
+
+def nothing(file, ckpt):
+    file.touch()
 
 
 def truncated(file, ckpt):
@@ -248,11 +252,12 @@ def a_folder(file, ckpt):
     file.mkdir()
 
 
-@pytest.mark.parametrize("write", [text, truncated, another_program, with_another_config, a_list, a_folder])
+@pytest.mark.parametrize("write", [text, nothing, truncated, another_program, with_another_config, a_list, a_folder])
 def test_a_file_that_is_no_checkpoint_is_one_message(drawn, ckpt, tmp_path, write):
     write(tmp_path / "wrong.pt", ckpt)
-    with pytest.raises(data.UserError, match="wrong.pt"):
+    with pytest.raises(data.UserError, match="wrong.pt") as mistake:
         drawn("--ckpt", "wrong.pt")
+    assert not str(mistake.value).rstrip().endswith(":"), "it gives no reason"
     assert os.listdir() == ["wrong.pt"]
 
 
@@ -286,7 +291,7 @@ def test_only_pictures_of_shapes_are_scored(drawn, altered):
 
 
 def test_the_npz_does_not_take_the_place_of_the_sheet(drawn, tmp_path):
-    with pytest.raises(data.UserError, match="files of their own"):
+    with pytest.raises(data.UserError, match="ends in .npz"):
         drawn("--out", "same.png", "--npz", tmp_path / "same.png")
 
 

@@ -285,6 +285,8 @@ def test_attributes_of_faces_become_classes_when_asked(table, published, tmp_pat
     shutil.rmtree(tmp_path / "celeba64")
     with pytest.raises(data.UserError, match="no Happy in list_attr_celeba.*there are .*Smiling"):
         opened("celeba64", src, tmp_path, classes=["Happy"])
+    with pytest.raises(data.UserError, match="11 attributes make 2.11 classes"):
+        opened("celeba64", src, tmp_path, classes=["Smiling"] * 11)
 
 
 def test_celeba_without_its_split_says_that_it_takes_all(published, tmp_path, capsys):
@@ -422,14 +424,20 @@ def test_a_list_of_labels_that_does_not_fit_is_refused(published, tmp_path):
     write(src / "dataset.json", '{"labels": [["a.png", 0]]}')
     with pytest.raises(data.UserError, match="no label for 2 of its pictures, such as 'c.png'"):
         opened("mine", src, tmp_path)
-    write(src / "dataset.json", '[1, 2]')
-    with pytest.raises(data.UserError, match="dataset.json in .* is no"):
+    for labels in ("[1, 2]", '{"labels": [["a.png", Infinity]]}'):
+        write(src / "dataset.json", labels)
+        with pytest.raises(data.UserError, match="dataset.json in .* is no"):
+            opened("mine", src, tmp_path)
+    write(src / "dataset.json", '{"labels": [["a.png", 0], ["c.png", 1], ["sub/b.PNG", 2119789]]}')
+    with pytest.raises(data.UserError, match="a label 2119789 for 3 pictures"):
         opened("mine", src, tmp_path)
 
 
 def test_captions_come_from_the_text_beside_a_picture(published, tmp_path):
-    pictures = opened("mine", published(captioned_folder), tmp_path)
+    pictures = opened("mine", src := published(captioned_folder), tmp_path)
     assert list(pictures.captions) == [["the first", "also the first"], ["the third"], ["the second"]]
+    (src / "c.txt").write_text("das dritte, größer", encoding="utf-16")                     # as Windows' PowerShell
+    assert opened("again", src, tmp_path).captions[1] == ["das dritte, größer"]
 
 
 def test_of_your_own_pictures_only_those_without_captions_are_mirrored(published, tmp_path):
@@ -455,6 +463,12 @@ def test_a_metadata_table_goes_before_the_text_beside(published, tmp_path, capsy
     assert list(opened("by_jsonl", src, tmp_path).captions) == [["x", "y"], ["z"], ["w"]]
 
 
+def test_a_metadata_table_may_have_several_rows_for_a_picture(published, tmp_path):
+    src = published(captioned_folder)
+    write(src / "metadata.csv", "file_name,text", "a.png,one", "c.png,three", "a.png,two")
+    assert list(opened("mine", src, tmp_path).captions) == [["one", "two"], ["three"], [""]]
+
+
 def test_a_metadata_table_without_captions_is_told_of(published, tmp_path, capsys):
     src = published(captioned_folder)
     write(src / "metadata.csv", "file_name;text", "a.png;one")                  # a semicolon is no comma
@@ -464,10 +478,12 @@ def test_a_metadata_table_without_captions_is_told_of(published, tmp_path, capsy
 
 @pytest.mark.parametrize("table, says", [
     ('{"file_name": "a.png", "text": "x"}\n{"file_name": "d.png", "text": "y"}', "1 files that are not in .*: d.png"),
-    ('{"text": "x"}', "should hold file_name and text in every row"), ("not json", "should hold file_name and text")])
+    ('{"text": "x"}', "should hold file_name and text in every row"), ("not json", "should hold file_name and text"),
+    ('["a.png", "x"]', "should hold file_name and text"),
+    ('file_name,text\na.png,"no end\nc.png,x', "should hold file_name and text")])
 def test_a_metadata_table_that_does_not_fit_is_refused(table, says, published, tmp_path):
     src = published(captioned_folder)
-    write(src / "metadata.jsonl", table)
+    write(src / f"metadata.{'csv' if table.startswith('file') else 'jsonl'}", table)
     with pytest.raises(data.UserError, match=says):
         opened("mine", src, tmp_path)
 

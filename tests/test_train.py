@@ -309,6 +309,14 @@ def test_fresh_moves_the_old_run_aside_whole(trained):
         assert column("step") == [1, 2]
 
 
+def test_fresh_moves_nothing_that_is_no_run(trained):
+    trained(out="runs/one")
+    Path("runs/notes.txt").write_text("mine")
+    before = contents("runs")
+    trained("--fresh", out="runs")
+    assert before.items() <= contents("runs").items() and not Path("runs-old1").exists()
+
+
 def test_fresh_does_not_move_the_weights_that_it_is_to_start_from(trained):
     trained()
     before = contents()
@@ -535,6 +543,16 @@ def test_a_preset_overrides_the_defaults_and_the_command_line_both(name):
 def test_net_changes_the_arguments_it_names_and_keeps_the_others():
     row = train.PRESETS["unet-shapes"]["net"]
     assert config("--net", '{"dim": 96}').net == {**row, "dim": 96}
+
+
+@pytest.mark.parametrize("net, says", [
+    ('{"skips": "false"}', "skips 'false' is no bool"), ('{"skips": 0}', "skips 0 is no bool"),
+    ('{"attn_sizes": ["16"]}', "attn_sizes ['16'] is no list of integers"), ('{"dim": "16"}', "dim '16' is no number"),
+    ('{"dim": true}', "dim True is no number"), ('{"encoder": 1}', "encoder 1 is no str"), ('{"width": 1}', "width")])
+def test_net_takes_values_of_the_kind_of_the_defaults(trained, net, says):
+    with pytest.raises(data.UserError) as mistake:
+        trained("--model", "ascend", "--net", net)
+    assert says in str(mistake.value) and not os.listdir()
 
 
 @pytest.mark.parametrize("argv, preset", [
