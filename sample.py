@@ -548,7 +548,14 @@ def main():
     if world > 1:
         dist.barrier()                                                  # all have looked, before one writes
     if rank == 0 and folder:
-        data.write_file(out / ASKED, lambda f: f.write(command))
+        record = open(out / ASKED, "a+b")                               # to the end of this function
+        if not data.lock(record):
+            fail(f"another command is drawing into {out}: wait for it, or choose another --out")
+        record.seek(0)
+        if record.read() != command:
+            record.truncate(0)
+            record.write(command)
+            record.flush()
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
     blocks = [(scale, range(args.n)[first:first + args.batch])

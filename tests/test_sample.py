@@ -1,5 +1,6 @@
 """sample.py: pictures from a checkpoint alone, the same however they are computed."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 import data
 import diffusion
 import sample
-from conftest import TINY, command, tiny
+from conftest import ROOT, TINY, command, tiny
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +92,19 @@ def test_the_same_command_goes_on_with_a_folder_and_draws_only_what_is_missing(d
     assert firsts == [data.image_seeds(0, range(2, 4))] and np.array_equal(whole, again)
     with pytest.raises(data.UserError, match="not of this very command"):
         drawn("--batch", 2, "--out", "pictures", "--seed", 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
+def test_two_commands_at_once_in_one_folder_are_one_too_many(drawn):
+    whole, _ = drawn("--out", "pictures")
+    code = "import data; f = open('pictures/.asked.json', 'a'); data.lock(f); print(flush=True); input()"
+    first = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first.stdout.readline()                             # it has the folder
+    with pytest.raises(data.UserError, match="another command is drawing into pictures"):
+        drawn("--out", "pictures")
+    first.communicate(b"\n")
+    assert np.array_equal(drawn("--out", "pictures")[0], whole)
 
 
 def test_a_folder_in_which_nothing_was_drawn_takes_another_command(drawn, monkeypatch):
