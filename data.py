@@ -764,15 +764,16 @@ class Zip(Place):
 
     def __init__(self, src):
         self.src, self.zip = src, zipfile.ZipFile(src)
-        entries = {entry.filename: entry for entry in self.zip.infolist() if not entry.is_dir()
-                   and not any(part.startswith((".", "__MACOSX")) for part in entry.filename.split("/"))}
+        entries = {entry.filename.replace("\\", "/"): entry for entry in self.zip.infolist()}    # as old .NET names them
+        self.entries = entries = {name: entry for name, entry in entries.items() if not name.endswith("/")
+                                  and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
         self.sha256 = digest(f"{name}\t{entries[name].file_size}\t{entries[name].CRC}" for name in sorted(entries))
         tops = {name[:name.find("/") + 1] for name in entries}
         self.top = tops.pop() if len(tops) == 1 else ""                 # a folder around everything is none of the set
         self.names = sorted(name.removeprefix(self.top) for name in entries)
 
     def open(self, name):
-        return io.BytesIO(self.zip.read(self.top + name))
+        return io.BytesIO(self.zip.read(self.entries[self.top + name]))
 
 
 @functools.lru_cache(maxsize=4)

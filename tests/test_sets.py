@@ -413,7 +413,7 @@ def test_an_edm_zip_has_the_labels_of_its_list_and_no_classes_without(published,
 
 def test_a_folder_around_everything_in_a_zip_is_no_class(tmp_path):
     with zipfile.ZipFile(tmp_path / "pets.zip", "w") as z:
-        for name in ("pets/cat/1.png", "pets/dog/1.png"):
+        for name in ("pets/cat/1.png", "pets\\dog\\1.png"):                  # the latter by Windows of old
             z.writestr(name, encoded(Image.new("RGB", (64, 64)), "png"))
     pictures = opened("pets", tmp_path / "pets.zip", tmp_path)
     assert pictures.classes == ["cat", "dog"] and pictures.labels.tolist() == [0, 1]
