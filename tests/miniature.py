@@ -42,8 +42,9 @@ def net(**changes):
 
 
 # as the other presets, so that losses compare: of v, and at the same times
-ASCEND = ["--preset", "ascend-shapes", "--prediction", train.LAPTOP["prediction"],
-          "--time-shift", str(train.LAPTOP["time_shift"])]
+TIMES = ["--time-shift", str(train.LAPTOP["time_shift"]), "--time-spread", str(train.LAPTOP["time_spread"])]
+ASCEND = ["--preset", "ascend-shapes", "--prediction", train.LAPTOP["prediction"], *TIMES]
+TEXT = ["--preset", "iuvit-shapes-text", *TIMES]
 
 # name of a run -> flags of train.py. Several experiments may show the same run
 RUNS = {
@@ -56,8 +57,8 @@ RUNS = {
     "iuvit-mlp":        ["--preset", "iuvit-shapes", *net(ffn="mlp")],
     "iuvit-linear-mlp": ["--preset", "iuvit-shapes", *net(head="linear", ffn="mlp")],
 
-    "text-separate":    ["--preset", "iuvit-shapes-text"],
-    "text-concat":      ["--preset", "iuvit-shapes-text", *net(text_attn="concat")],
+    "text-separate":    TEXT,
+    "text-concat":      [*TEXT, *net(text_attn="concat")],
 
     "ascend-swin-swin": [*ASCEND, *net(decoder="swin")],
     "ascend-conv-swin": [*ASCEND, *net(encoder="conv", decoder="swin")],
