@@ -116,9 +116,9 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
 # The set shapes-text, by words: one or two objects and where they are. IU-ViT learns which word belongs to which object
-# about half way. Its times are of higher noise, where it is decided what is above what (at 1.6 and 0.4 it had that right
-# in no more than half of the pictures). The U-Net has single objects right, and few of two; of two seeds of ASCEND one
-# had two thirds of two, the other a tenth.
+# about half way. Its times are of higher noise, where it is decided what is above what (at 1.6, spread 0.4, it had that
+# right in less than half of the pictures). The U-Net has single objects right, and few of two; of two seeds of ASCEND
+# one had two thirds of two, the other a tenth.
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
