@@ -764,8 +764,8 @@ class Zip(Place):
 
     def __init__(self, src):
         self.src, self.zip = src, zipfile.ZipFile(src)
-        entries = {entry.filename.replace("\\", "/"): entry for entry in self.zip.infolist()}    # as old .NET has them
-        self.entries = entries = {name: entry for name, entry in entries.items() if not name.endswith("/")
+        found = {entry.filename.replace("\\", "/"): entry for entry in self.zip.infolist()}      # as old .NET has them
+        self.entries = entries = {name: entry for name, entry in found.items() if not name.endswith("/")
                                   and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
         self.sha256 = digest(f"{name}\t{entries[name].file_size}\t{entries[name].CRC}" for name in sorted(entries))
         tops = {name[:name.find("/") + 1] for name in entries}

@@ -545,17 +545,17 @@ def main():
     out, folder = args.out, args.out.suffix != ".png"
     command = what_decides(path, args, labels)
     check_places(args, command)
-    if world > 1:
-        dist.barrier()                                                  # all have looked, before one writes
     if rank == 0 and folder:
-        record = open(out / ASKED, "a+b")                               # to the end of this function
-        if not data.lock(record):
+        held = open(out / ASKED, "a+b")                                 # and locked to the end of this function
+        if not data.lock(held):
             fail(f"another command is drawing into {out}: wait for it, or choose another --out")
-        record.seek(0)
-        if record.read() != command:
-            record.truncate(0)
-            record.write(command)
-            record.flush()
+        held.seek(0)
+        if held.read() != command:
+            held.truncate(0)
+            held.write(command)
+            held.flush()
+    if world > 1:
+        dist.barrier()                                                  # all have looked, and the folder is ours
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
     blocks = [(scale, range(args.n)[first:first + args.batch])
