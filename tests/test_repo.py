@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ import data
 import miniature
 import sample
 import train
+import worth
 from conftest import ROOT
 
 BACKBONES = dict(unet="UNet", uvit="UViT", iuvit="IUViT", ascend="ASCEND")
@@ -260,3 +262,43 @@ def test_tables_of_the_miniature_hold_mean_and_spread_of_finished_rows_alone(tmp
     assert [row.split(" | ")[0] for row in rows] == ["| U-ViT"]
     assert "0.2000 ± 0.1000" in rows[0] and "10.0 ± 10.0" in rows[0] and head.count("|") == rows[0].count("|")
     assert miniature.table("text") == []
+
+
+# ---- what a word is worth ----------------------------------------------------------------------------
+
+def test_a_wrong_class_is_wrong_in_one_thing():
+    labels = np.random.default_rng(0).integers(0, 24, 2000)
+    wrong = worth.wrong_classes(labels)
+    assert (wrong["another colour"] // 4 != labels // 4).all() and (wrong["another colour"] % 4 == labels % 4).all()
+    assert (wrong["another shape"] // 4 == labels // 4).all() and (wrong["another shape"] % 4 != labels % 4).all()
+    assert len({*zip(labels, wrong["another colour"])}) == 24 * 5
+    assert len({*zip(labels, wrong["another shape"])}) == 24 * 3
+
+
+@pytest.mark.parametrize("objects, keys", [
+    (1, {"another size": "size", "another colour": "colour", "another shape": "shape", "another place": "place"}),
+    (2, {"sizes exchanged": "size", "opposite relation": "relation", "colours exchanged": "", "shapes exchanged": ""})])
+def test_a_wrong_caption_is_wrong_in_one_thing(objects, keys):
+    """As the scorer reads the picture. Of two exchanged colours or shapes it cannot say which of the two is wrong."""
+    drawn = worth.scenes(60, objects)
+    pictures, captions = np.stack([data.paint(grey, things, 64) for grey, things, _ in drawn]), [c for *_, c in drawn]
+    assert set(data.score_captions(pictures, captions).values()) == {60, 100.0}
+    wrong = worth.wrong_captions(captions)
+    assert set(wrong) == set(keys)
+    for what, key in keys.items():
+        score = data.score_captions(pictures, wrong[what])
+        assert score.pop("all") == 0 and score.pop("n") == 60, what
+        if key:
+            assert score.pop(key) == 0 and set(score.values()) == {100.0}, what
+
+
+def test_a_word_that_is_not_read_is_worth_exactly_nothing():
+    config = dict(data="shapes", cond="class", info=dict(size=32), schedule="cosine", prediction="eps")
+    (kind, pictures, right, wrong), = worth.questions(config, 100)
+
+    def reads_colour(x, t, y):
+        return (y // 4 / 6)[:, None, None, None].expand(x.shape)
+
+    loss, shape, colour = (worth.mean_loss(reads_colour, config, pictures, asked, (0.2, 0.9))
+                           for asked in (right, wrong["another shape"], wrong["another colour"]))
+    assert loss == shape != colour
