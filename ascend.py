@@ -358,6 +358,7 @@ class ASCEND(nn.Module):
         levels = len(dim_mults)
         assert levels > 0 and dim % 2 == 0, f"dim_mults {dim_mults} must not be empty, and dim {dim} be even"
         assert not (num_classes and text_dim), "the condition is a class or a text, not both"
+        assert num_blocks >= 0, f"num_blocks {num_blocks} must not be negative"
         assert img_size % 2 ** (levels - 1) == 0, \
             f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
         assert {encoder, decoder} <= {"swin", "conv"}, \
@@ -400,7 +401,7 @@ class ASCEND(nn.Module):
         # middle
         self.middle = Layer(ResBlock(C, C, E, dropout), *attention(C), ResBlock(C, C, E, dropout))
 
-        # decoder: one layer for each layer of the encoder, whose output is its skip
+        # decoder: one layer for each of the encoder's, which gives it its skip
         self.use_skips = skips
         widths = [layer.out_channels if skips else 0 for layer in self.encoder]
         self.decoder = nn.ModuleList()
@@ -413,7 +414,7 @@ class ASCEND(nn.Module):
                     size *= 2
                 self.decoder.append(Layer(*layer))
 
-        # head: starts at zero (as ADM's), so the first prediction is 0 and the first loss E|target|^2, of eps 1
+        # head: starts at zero (as ADM's), so the first prediction is 0 and the first loss is E|target|^2, 1 for eps
         self.norm = GroupNorm(C)
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
@@ -421,8 +422,8 @@ class ASCEND(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: of one
-        without any, a GPU's bfloat16 kernel reads the padding."""
+        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: if it has
+        none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.img_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
@@ -433,8 +434,9 @@ class ASCEND(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; read by the first, colours came later).
+            # The paper concatenates the vectors of text and time. Here that happens before the last layer of time's
+            # MLP: with its hidden vector a and the text's mean b, W a + V b = [W V] [a; b]. (Place and norm are
+            # assumed; concatenated before the first layer instead, colours were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
@@ -443,9 +445,8 @@ class ASCEND(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            skip = skips.pop()                                          # in the ablation it is dropped
+            skip = skips.pop()                                          # each once; in the ablation it is dropped
             h = layer(torch.cat([h, skip], dim=1) if self.use_skips else h, emb, text)  # back up, level by level
-        assert not skips, "num_blocks is below 0"                       # one decoder layer for each of the encoder
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 
 

@@ -1,7 +1,7 @@
 """Gaussian diffusion in continuous time: schedules, clocks, the loss, guidance, time grids, three samplers; and, at the
 end, the device and the precision in which networks run.
 
-    forward    x_t = alpha(t) x_0 + sigma(t) eps,   eps ~ N(0, I),   alpha^2 + sigma^2 = 1          (Eq. 1)
+    forward    x_t = alpha(t) x_0 + sigma(t) eps,   eps ~ N(0, I),   alpha^2 + sigma^2 = 1     (from Eq. 1)
     learn      net(x_t, t, *cond) ~ eps   (or v = alpha eps - sigma x_0)                            (Eq. 4-5)
     sample     start at x ~ N(0, I), t = t_max; walk t down to 0 with denoise(x, t) ~ E[x_0 | x_t]  (Eq. 2-3)
 
@@ -103,8 +103,8 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
 
     shift > 1 favours high noise (the time shift of Esser et al., arXiv 2403.03206, Eq. 23): shift / (1 + shift)
     becomes the median. spread < 1 gathers the times around it, as logit-normal ones are (same paper, Eq. 19).
-    The n are not drawn one by one, but, in all runs, evenly spaced from a random start (assumed): losses differ so much
-    over t that covering it evenly makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
+    The n are not independent but evenly spaced, from a random start (assumed, in the paper's runs too): losses differ
+    so much over t that covering it evenly makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
     return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # spread and shift work on log-odds
 
@@ -168,7 +168,7 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
 
 # ---- time grids: decreasing lists of floats from t_max to 0 --------------------------------------------
 
-T_MIN = 1e-3        # the last step goes from here straight to 0; sigma is then 0.01 (cosine: 0.006): one grey level
+T_MIN = 1e-3        # the last step goes from here straight to 0; sigma here is 0.01 (cosine: 0.006), one grey level
 
 
 def uniform_times(schedule, steps):
@@ -196,16 +196,19 @@ def carry(x, x0, t, s, schedule):
 @torch.no_grad()
 def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x. For small
-    steps it is Eq. 2-3, but for the variance of the noise: beta here, there the posterior's, less near the picture.
+    steps this is Eq. 2-3, but the noise has variance beta here, and there the posterior's, which is smaller near the
+    picture.
 
     First order, so its error falls only as 1 / steps. Each step replaces the part beta (below) of x's variance by fresh
     noise, and holds the score meanwhile, so beta must be small where x is more than noise: on the linear schedule it is
-    0.4 at t = 0.5 in 20 steps, and 0.01 in the paper's 1000. (Near t = 1, where x is all noise, it may be large.) Fresh
-    noise has a use: it mends what the network did wrong before."""
+    0.4 at t = 0.5 in 20 steps, and 0.01 in the paper's 1000. (Near t = 1, where x is all noise, it may be large: that
+    spoils the variance a little, which later steps forget.) Fresh noise has a use: it mends what the network did wrong
+    before."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
-        # Eq. 1's beta_t: beta(t) (t - s) for small steps, but below 1 also where the cosine's rate goes to infinity
+        # Eq. 1's beta_t, of the forward step from s to t: beta(t) (t - s) if they are close, but below 1 also where the
+        # cosine's rate goes to infinity
         beta = 1 - (schedule.alpha(t) / schedule.alpha(s))**2
         x = x + beta * (x / 2 + score)
         if s > 0:                                               # no noise into the picture itself
@@ -231,7 +234,7 @@ def dpm(denoise, x, times, schedule, noise=None):
     x0_last = None
     for t, s in zip(times[:-1], times[1:]):
         x0 = target = denoise(x, t)
-        if x0_last is not None and s > 0:                       # else plain DDIM: there is no last one, or lam(0) = inf
+        if x0_last is not None and s > 0:                       # else DDIM: no last one yet, or lam(0) infinite
             ratio = (schedule.lam(s) - schedule.lam(t)) / (schedule.lam(t) - schedule.lam(t_last))     # 1 / r in Alg. 2
             target = x0 + (x0 - x0_last) * ratio / 2
         x = carry(x, target, t, s, schedule)
@@ -305,8 +308,8 @@ def autocast(device, dtype):
         return contextlib.nullcontext()
     if device.type == "cpu":
         # despite the names these also choose the CPU's attention: two matrix products and a softmax, all in bf16, take
-        # half the time, forwards and backwards, of its flash kernel, or of the same products in float32. (Where the
-        # backbones' attend trains without a mask it does without either: its formula is faster still.)
+        # half the time of its flash kernel, or of the same in float32, forwards and backwards. (What the backbones'
+        # attend computes by its formula, to train without a mask, passes by all this and is faster still.)
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return torch.autocast(device.type, torch.bfloat16)

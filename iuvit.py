@@ -6,9 +6,9 @@
     2  a depth-wise convolution in the FFN          ffn="mlp" takes it back
     3  text has a cross-attention of its own,       text_attn="concat" has GLIDE's joint attention instead, with which
        instead of being in the sequence             the paper compares
-    4  time passes an MLP (without text: concluded from the paper's numbers of parameters), of which the last layer also
-       reads a vector of the text, if there is one (which layer, and that the vector is the normalised mean of the
-       normalised tokens: assumed)
+    4  time passes an MLP (the paper does not say so, but its numbers of parameters have room for just that). The last
+       layer of it also reads a vector of the text, if there is one: the normalised mean of the normalised tokens
+       (assumed, and so is the layer)
 
 What comes with 3: a text may have any length, and its tokens have no learnt places, but a norm after their embedding
 (assumed).
@@ -233,7 +233,7 @@ class IUViT(nn.Module):
     def init_weights(self):
         """nn.Linear          normal, std 0.02; bias 0
         pos_embed          normal, std 0.02            (trunc_normal_ cuts at 2, a hundred std away: never)
-        head               0, so the first prediction is 0 and the first loss E|target|^2, of eps 1 (assumed);
+        head               0, so the first prediction is 0 and the first loss is E|target|^2, 1 for eps (assumed);
                            linear-first as published: of two layers in a row that start near zero neither learns fast
         everything else    as PyTorch has it, as in U-ViT"""
         for m in self.modules():
@@ -250,8 +250,8 @@ class IUViT(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: of one
-        without any, a GPU's bfloat16 kernel reads the padding."""
+        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: if it has
+        none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
@@ -261,8 +261,9 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; read by the first, colours came later).
+            # The paper concatenates the vectors of text and time. Here that happens before the last layer of time's
+            # MLP: with its hidden vector a and the text's mean b, W a + V b = [W V] [a; b]. (Place and norm are
+            # assumed; concatenated before the first layer instead, colours were learnt later.)
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None]]                                            # (B, 1, D)
         if self.class_embed is not None:

@@ -206,7 +206,7 @@ class Layer(nn.Sequential):
 class UNet(nn.Module):
     """The U-Net. Defaults: DDPM's CIFAR-10 layout with ADM's blocks (42,855,427 parameters).
 
-    Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly."""
+    Predicts eps (or v) from a noisy image. Raises AssertionError if an image does not halve evenly."""
 
     def __init__(self,
                  img_size=32,               # pixels a side
@@ -224,8 +224,9 @@ class UNet(nn.Module):
         levels = len(dim_mults)
         assert levels > 0 and dim % 2 == 0, f"dim_mults {dim_mults} must not be empty, and dim {dim} be even"
         assert not (num_classes and text_dim), "the condition is a class or a text, not both"
-        assert img_size % 2 ** (levels - 1) == 0, \
-            f"img_size {img_size} does not halve {levels - 1} times: it must be a multiple of {2 ** (levels - 1)}"
+        assert num_blocks >= 0, f"num_blocks {num_blocks} must not be negative"
+        self.dim, self.unit = dim, 2 ** (levels - 1)    # images halve levels - 1 times
+        assert img_size % self.unit == 0, f"img_size {img_size} must be a multiple of {self.unit}"
         assert resample in ("resblock", "conv"), f"resample is 'resblock' or 'conv', not {resample!r}"
         E = 4 * dim
 
@@ -240,7 +241,6 @@ class UNet(nn.Module):
             return attention(channels) if size in attn_sizes else []
 
         # embeddings
-        self.dim = dim
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # LN assumed
         self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False)) \
@@ -274,7 +274,7 @@ class UNet(nn.Module):
                     size *= 2
                 self.decoder.append(Layer(*layer))
 
-        # head: starts at zero, so the first prediction is 0 and the first loss E|target|^2, of eps 1
+        # head: starts at zero, so the first prediction is 0 and the first loss is E|target|^2, 1 for eps
         self.norm = GroupNorm(C)
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
@@ -283,10 +283,12 @@ class UNet(nn.Module):
         img_size passes, if it halves evenly: attention stays at the same levels.
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: of one
-        without any, a GPU's bfloat16 kernel reads the padding."""
+        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: if it has
+        none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
+        assert not any(side % self.unit for side in x.shape[2:]), \
+            f"{tuple(x.shape[2:])} pixels: each side must be a multiple of {self.unit}"
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, dim)
         emb, text = self.time_embed(time), ()                           # (B, E)
         if self.class_embed is not None:
@@ -294,8 +296,9 @@ class UNet(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # The paper concatenates text and time. Here the last layer of time's MLP reads both, its hidden a and the
-            # text's mean b: W a + V b = [W V] [a; b] (assumed, like the norm; read by the first, colours came later).
+            # The paper concatenates the vectors of text and time. Here that happens before the last layer of time's
+            # MLP: with its hidden vector a and the text's mean b, W a + V b = [W V] [a; b]. (Place and norm are
+            # assumed; concatenated before the first layer instead, colours were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
@@ -304,8 +307,7 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            h = layer(torch.cat([h, skips.pop()], dim=1), emb, text)    # back up, level by level
-        assert not skips, "num_blocks is below 0"                       # every skip was used, once
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb, text)    # back up, level by level; each skip once
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 
 

@@ -134,9 +134,11 @@ def test_a_network_may_be_turned_into_another_precision(model, condition, dtype,
     assert difference(net.to(dtype)(x.to(dtype), t, *other).float(), whole) < tolerance
 
 
-@pytest.mark.parametrize("model, size", [("uvit", (8, 32)), ("iuvit", (17, 17)), ("ascend", (32, 32))])
-def test_a_picture_of_another_size_is_refused(model, size):
-    with pytest.raises(AssertionError, match="pixels are not img_size"):
+@pytest.mark.parametrize("model, size, message", [
+    ("uvit", (8, 32), "pixels are not img_size"), ("iuvit", (17, 17), "pixels are not img_size"),
+    ("ascend", (32, 32), "pixels are not img_size"), ("unet", (16, 17), "each side must be a multiple of")])
+def test_a_picture_of_another_size_is_refused(model, size, message):
+    with pytest.raises(AssertionError, match=message):
         awake(model)(torch.randn(2, 3, *size), torch.rand(2))
 
 
@@ -169,6 +171,8 @@ def test_any_square_size_that_divides_is_accepted(model, img_size, net):
     ("iuvit", dict(img_size=36, patch_size=3), "to divide by patch_size^2 = 9"),
     ("ascend", dict(img_size=36), "must be a multiple of 8"),
     ("ascend", dict(dim_mults=[]), "dim_mults [] must not be empty"),
+    ("ascend", dict(num_blocks=-1), "num_blocks -1 must not be negative"),
+    ("unet", dict(num_blocks=-1), "num_blocks -1 must not be negative"),
     ("ascend", dict(img_size=40), "a 20x20 map does not divide into windows of 8"),
     ("ascend", dict(head_dim=48), "128 channels do not divide into heads of 48")])
 def test_sizes_that_do_not_divide_say_so(model, net, message):
