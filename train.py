@@ -53,6 +53,7 @@ class Config:
     data: str = "shapes"            # a built-in set, or a prepared one: see data.py
     cond: str = "none"              # none, class, text
     encoder: str = ""               # of the text: words, or the T5 of `data.py encode`; default: see data.find_encoder
+    flip: bool = None               # mirror half of the pictures; default: sets without captions, but not drawn ones
     net: dict = dataclasses.field(default_factory=dict)     # the network's constructor arguments, as JSON
     # diffusion
     schedule: str = "linear"        # linear, cosine
@@ -630,6 +631,8 @@ def main():
     config, fresh, dry_run = parse(sys.argv[1:])
     source = data.captioned_name(config.data) if config.cond == "text" else config.data
     info = data.describe(source, config.data_dir)
+    if config.flip is not None:
+        info["flip"] = config.flip
     if config.cond == "text" and not dry_run:
         choose_encoder(config, source, fresh)
     n_params, flops = measure(config, info)

@@ -615,6 +615,17 @@ def test_a_flag_has_an_effect(trained, field):
     assert not same, f"--{field} {value} changes nothing in {look.__name__}"
 
 
+def test_flip_says_whether_pictures_are_mirrored_and_is_the_runs_own(trained, photos):
+    trained("--data", photos, "--steps", 1, out="as the set allows")
+    trained("--data", photos, "--steps", 1, "--flip", out="mirrored")
+    trained("--data", photos, "--steps", 1, "--no-flip", out="plain")
+    assert not differences(weights("as the set allows"), weights("mirrored"))
+    assert differences(weights("plain"), weights("mirrored"))
+    with pytest.raises(data.UserError, match="flip: False there, True asked"):
+        trained("--data", photos, "--steps", 2, out="plain")
+    trained("--data", photos, "--steps", 2, "--flip", out="as the set allows")
+
+
 def test_accum_divides_a_step_into_micro_batches(trained, monkeypatch):
     monkeypatch.setattr(diffusion, "loss", Calls(diffusion.loss))
     trained("--steps", 3, "--accum", 4)
@@ -681,7 +692,7 @@ def test_device_names_where_to_train(trained, monkeypatch):
 
 
 def test_no_field_of_the_config_is_without_a_test_of_its_flag():
-    elsewhere = {"preset", "model", "data", "encoder", "out", "data_dir", "accum", "workers", "save_every",
+    elsewhere = {"preset", "model", "data", "encoder", "flip", "out", "data_dir", "accum", "workers", "save_every",
                  "keep_every", "compile", "device", "grad_ckpt", "timeout",
                  "init_from"}                                                   # this one in test_published.py
     assert elsewhere | set(EFFECTS) == {field.name for field in dataclasses.fields(train.Config)}
