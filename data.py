@@ -7,9 +7,8 @@
     python data.py export cats --out cats_png            single PNGs, and an .npz for FID tools
     python data.py encode cats --encoder words           captions become what a text-conditional network reads
 
-A data set is three things: where the pictures are, how they become squares, and their labels or
-captions. For each kind of set one function says so, in a Source. `prepare` reads the Source once
-and writes
+A data set is three things: where the pictures are, how they become squares, and their labels or captions. For each kind
+of set one function says so, in a Source. `prepare` reads the Source once and writes
 
     datasets/NAME/images.npy       uint8 (N, 3, S, S), memory-mapped afterwards
                   labels.npy       int64 (N,), if the set has classes
@@ -17,9 +16,9 @@ and writes
                   skipped.txt      files that could not be read, and why, if there are any
                   meta.json        written last: if it is there, the set is complete
 
-and nothing after that knows any more what kind of set it was. Sets of millions, in tar shards or
-an lmdb, stay where they are: index.npy says where each picture lies, in place of images.npy.
-Shape letters: N pictures, B pictures of a batch, S pixels a side; 3 is always red, green, blue.
+and nothing after that knows any more what kind of set it was. Sets of millions, in tar shards or an lmdb, stay where
+they are: index.npy says where each picture lies, in place of images.npy. Shape letters: N pictures, B pictures of a
+batch, S pixels a side; 3 is always red, green, blue.
 """
 import argparse
 import contextlib
@@ -121,6 +120,19 @@ def copy_file(path, to):
         write_file(to, lambda copy: shutil.copyfileobj(f, copy))
 
 
+def npy_header(f, kind, *shape):
+    """Begin a .npy file whose rows are written as they come. numpy pads it, so that it can be written once more over
+    the old one when their number is known."""
+    np.lib.format.write_array_header_1_0(f, dict(descr=kind, fortran_order=False, shape=shape))
+
+
+def check_room(folder, need, advice):
+    """UserError if the disk of a folder has less than so many bytes free."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try {advice}")
+
+
 def removal(folder):
     """The command that removes a folder, for messages."""
     return f"rm -r {shlex.quote(str(folder))}"
@@ -141,26 +153,14 @@ def lock(f, wait=False):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Make a folder, and hold it: a second process that wants it waits here for the first."""
+    """Make a folder, and hold it: a second process that wants it waits here for the first. Its lock file stays: others
+    may be waiting for this very file."""
     os.makedirs(folder, exist_ok=True)
-    path = Path(folder, ".lock")
-    with open(path, "a") as f:
+    with open(os.path.join(folder, ".lock"), "a") as f:
         if not lock(f):
             tqdm.write(f"another process is at work in {folder}: waiting for it", file=sys.stderr)
             lock(f, wait=True)
-        try:
-            ours = os.path.samefile(path, f.fileno())
-        except FileNotFoundError:
-            ours = False
-        if not ours:                                    # the one we waited for took it away: whose turn is it?
-            with alone(folder):
-                yield
-            return
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):          # Windows removes no open files
-                path.unlink()
+        yield
 
 
 def read_dict(path):
@@ -327,7 +327,7 @@ def draw_shapes(index, size):
     """int array (N,) -> pictures uint8 (N, 3, S, S), classes int64 (N,): one object each. Picture
     number i is the same everywhere and for ever."""
     index = np.asarray(index, np.int64)
-
+    # purposes of its own: 0 colour, 1 shape, 2 grey, 3 side, 4 and 5 place
     colour, shape, grey = ((mix(index, purpose) % n).astype(np.int64) for purpose, n in enumerate((6, 4, 3)))
     box = 0.40 + 0.35 * uniform(index, 3)
     x, y = (box / 2 + (1 - box) * uniform(index, purpose) for purpose in (4, 5))        # fully inside
@@ -385,7 +385,8 @@ def draw_scene(index, held_out=False):
         return f"a {list(SIDES)[size]} {list(PALETTE)[colour]} {SHAPES[shape]}"
 
     sizes, shapes = (choice(0, 2), choice(1, 2)), (choice(2, 4), choice(3, 4))
-    boxes = [low + (high - low) * part(4 + i) for i, (low, high) in enumerate(list(SIDES.values())[s] for s in sizes)]
+    sides = [list(SIDES.values())[size] for size in sizes]
+    boxes = [low + (high - low) * part(4 + i) for i, (low, high) in enumerate(sides)]
     grey = GREYS[choice(6, 3)]
     if not held_out and choice(7, 2) == 0:
         colour, place = choice(8, 6), list(PLACES)[choice(9, 5)]
@@ -492,7 +493,7 @@ def read_shape(image):
 
 def score_shapes(images, labels):
     """Pictures that show the class asked for -> dict(n, shape, colour, both), in percent. Needs no
-    network. Of real pictures all are right, of noise none, of other classes 4%."""
+    network. Real pictures are all right, noise never; pictures of random classes are in 4%."""
     labels = np.asarray(labels)
     colour, shape = np.array([read_shape(image) for image in images], np.int64).reshape(-1, 2).T
     right = dict(shape=shape == labels % 4, colour=colour == labels // 4)
@@ -561,7 +562,7 @@ def direction(dx, dy, names):
 def judge_scene(objects, asked):
     """What is Seen, the largest first, and the match of CAPTION_FORM with a caption -> {what was asked: is it so?}."""
     *first, place, relation, size, colour, shape = asked.groups()
-    things = [Seen(*thing, 0, 0) for thing in (first, (size, colour, shape))[:2 if relation else 1]]
+    things = [Seen(*first, 0, 0)] + ([Seen(size, colour, shape, 0, 0)] if relation else [])
     seen = [*objects, NOTHING, NOTHING][:len(things)]
     # which is which: the order in which more colours and shapes are as asked
     seen = max((seen, seen[::-1]), key=lambda order: sum(
@@ -1158,13 +1159,14 @@ def faces_source(src, size, limit, crop, classes, images, attributes, split=None
 def birds_source(src, size, limit, crop):
     """CUB-200-2011, its training pictures, with the ten captions each that Reed et al. collected, if they are there.
     The box is StackGAN-v2's: a window of 1.5 times the bird's longer side around it."""
+    place, label, boxes = open_files(src), {}, {}
+
     def table(name):                                    # lines of a number and what it stands for
         return dict(line.split(" ", 1) for line in place.text(top + name).splitlines() if line)
 
     def bird(name):                                     # its species and number, without the extension
         return os.path.splitext("/".join(name.split("/")[-2:]))[0]
 
-    place, label, boxes = open_files(src), {}, {}
     try:
         top = place.find(r"train_test_split\.txt")[0].removesuffix("train_test_split.txt")
         kinds, kind, box = table("classes.txt"), table("image_class_labels.txt"), table("bounding_boxes.txt")
@@ -1179,12 +1181,13 @@ def birds_source(src, size, limit, crop):
     except (OSError, IndexError, KeyError, ValueError) as e:
         raise UserError(f"{src} is not CUB-200-2011 as published: {type(e).__name__} {e}")
 
-    def captions(name):
-        return caption_lines(place.text(texts[bird(name)])) if bird(name) in texts else [""]
-
     texts = {bird(name): name for name in place.find(r".*\.txt") if "text_c10" in name.split("/")}
     if not texts:
         print(f"warning: {src} has no text_c10, the captions of Reed et al.: a set without captions", file=sys.stderr)
+
+    def captions(name):
+        return caption_lines(place.text(texts[bird(name)])) if bird(name) in texts else [""]
+
     return pictures_source(place, sorted(label), size, limit, crop, classes, label.get, captions if texts else None,
                            boxes)
 
@@ -1288,9 +1291,10 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     pictures; crop: see CROP; classes: attributes of faces. UserError if the source is no good, the disk too
     small, or the set there with another src, size, limit, crop or classes than asked for."""
     folder, row = set_folder(name, data_dir), BUILT_IN.get(name, OWN)
-    if size is not None and (size < 8 or row["size"] not in (None, size)):
-        raise UserError(f"--size {size}: " + (f"{name} is always {row['size']} pixels"
-                                              if row["size"] else "must be at least 8"))
+    if size is not None and row["size"] not in (None, size):
+        raise UserError(f"--size {size}: {name} is always {row['size']} pixels")
+    if size is not None and size < 8:
+        raise UserError(f"--size {size}: must be at least 8")
     if crop is not None and "crop" not in row:
         raise UserError(f"--crop: the pictures of {name} are square already")
     if crop == "bbox" and row["crop"] != "bbox":
@@ -1341,18 +1345,14 @@ def convert(source, folder, about):
             path.unlink(missing_ok=True)
     S, skipped, index = source.size, source.skipped, source.index
     need = source.count * (3 * S * S + 8) if index is None else index.nbytes
-    free = shutil.disk_usage(folder).free
     print(f"writing {source.count:,} pictures of {S}x{S} to {folder}: {need:,} bytes"
           + (f"; they stay in {source.origin}" if index is not None else ""))
-    if need > free:
-        raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,}: try "
-                        "--data-dir on another disk, or --limit")
+    check_room(folder, need, "--data-dir on another disk, or --limit")
     labels, captions = [], []
 
     def write_images(images):
         # row after row, not through a writable memory map: a full disk kills those by a bus error
-        header = dict(descr="|u1", fortran_order=False, shape=(source.count, 3, S, S))
-        np.lib.format.write_array_header_1_0(images, header)
+        npy_header(images, "|u1", source.count, 3, S, S)
         for square, label, texts in tqdm(source.items, total=source.count, disable=None):
             images.write(square.tobytes())
             labels.append(label)
@@ -1360,8 +1360,8 @@ def convert(source, folder, about):
                 captions.append(json.dumps(texts))
         if not labels:
             raise UserError("none of the pictures can be read; the first is {!r} ({})".format(*skipped[0]))
-        images.seek(0)                                  # numpy pads headers, so that N may change
-        np.lib.format.write_array_header_1_0(images, dict(header, shape=(len(labels), 3, S, S)))
+        images.seek(0)                                  # some may have dropped out
+        npy_header(images, "|u1", len(labels), 3, S, S)
 
     def write(name, how):
         write_file(os.path.join(folder, name), how)
@@ -1382,10 +1382,10 @@ def convert(source, folder, about):
         write_lines("skipped.txt", (f"{path}\t{reason}" for path, reason in skipped))
         print(f"skipped {len(skipped)} unreadable files, listed in {folder}/skipped.txt; the first: "
               "{!r} ({})".format(*skipped[0]))
-    captions = bool(captions) or source.notes.get("place") == "Tars" and bool(source.index[:, 5].any())
-    flip = not captions if about["flip"] is None else about["flip"]
+    has_captions = bool(captions) or source.notes.get("place") == "Tars" and bool(index[:, 5].any())
+    flip = not has_captions if about["flip"] is None else about["flip"]
     meta = dict(about, flip=flip, size=S, n=len(labels) if index is None else len(index), classes=source.classes,
-                captions=captions, source=source.origin, skipped=len(skipped), **source.notes)
+                captions=has_captions, source=source.origin, skipped=len(skipped), **source.notes)
     write_lines("meta.json", [json.dumps(meta, indent=1)])
 
 
@@ -1656,12 +1656,11 @@ def encode_part(folder, captions, numbers, encoder):
     """Write the features of the captions (lists of str) of these pictures, a range. What a killed one left is gone on
     from, in chunks. Yields the pictures and the bytes done so far."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind, header = dict(descr="<f2", fortran_order=False), io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, dict(kind, shape=(0, encoder.width)))
+    npy_header(header := io.BytesIO(), "<f2", 0, encoder.width)
     # two files grow, each chunk in this order: its tokens; then, below the encoder's name, a line of JSON: how many
     # captions each picture has, and how many tokens each caption. A line that a kill cut short has no end
-    paths, owner = [folder / "tokens.npy.part", folder / "chunks.part"], f"{encoder.name}\n".encode()
-    with open(paths[0], "a+b") as tokens, open(paths[1], "a+b") as chunks:
+    tokens_part, chunks_part, owner = folder / "tokens.npy.part", folder / "chunks.part", f"{encoder.name}\n".encode()
+    with open(tokens_part, "a+b") as tokens, open(chunks_part, "a+b") as chunks:
         chunks.seek(0)
         found, *lines = chunks.readlines() or [b""]
         try:
@@ -1669,7 +1668,7 @@ def encode_part(folder, captions, numbers, encoder):
             done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
             of, sizes = ([n for chunk in done for n in chunk[i]] for i in range(2))
             start = len(header.getvalue()) + 2 * encoder.width * sum(sizes)
-            if done and os.path.getsize(paths[0]) < start:
+            if done and os.path.getsize(tokens_part) < start:
                 raise ValueError("tokens are missing")
         except (ValueError, TypeError, LookupError):    # the machine went down, not the program
             raise LocalError(f"{folder} is damaged: {removal(folder)}, and encode again")
@@ -1692,17 +1691,17 @@ def encode_part(folder, captions, numbers, encoder):
         null = encode(encoder, [""])[0]
         tokens.write(null.tobytes())
         sizes.append(len(null))
-    with open(paths[0], "r+b") as f:                    # numpy pads headers, so that T may grow
-        np.lib.format.write_array_header_1_0(f, dict(kind, shape=(sum(sizes), encoder.width)))
+    with open(tokens_part, "r+b") as f:
+        npy_header(f, "<f2", sum(sizes), encoder.width)
         os.fsync(f.fileno())
     for name, steps in (("offsets", sizes), ("caption_of", of)):
         ends = np.cumsum([0, *steps], dtype=np.int64)
         write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
-    os.replace(paths[0], folder / "tokens.npy")
+    os.replace(tokens_part, folder / "tokens.npy")
     meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes) - 1, tokens=sum(sizes),
                 longest=max(sizes))
     write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
-    paths[1].unlink()
+    chunks_part.unlink()
 
 
 def encode_set(pictures, encoder, limit=None, rank=0, world=1):
@@ -1710,22 +1709,22 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
     shard, and the last to end declares the whole complete. False if all had been done before."""
     folder, n = Path(text_folder(pictures.folder, encoder.name)), min(limit or len(pictures), len(pictures))
 
-    def complete(folder, n):
-        meta = read_meta(folder, FEATURES)
+    def complete(name, n):                              # the part of this name; "" is the whole, too
+        meta = read_meta(folder / name, FEATURES)
         if meta and (meta["n"], meta["encoder"]) != (n, encoder.name):
-            raise UserError(f"{folder} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to encode "
-                            f"anew: {removal(folder)}")
+            raise UserError(f"{folder / name} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to "
+                            f"encode anew: {removal(folder / name)}")
         return meta
 
-    if complete(folder, n):
+    if complete("", n):
         return False
     parts = pictures.parts(n)
-    todo = [name for i, name in enumerate(parts) if not complete(folder / name, len(parts[name])) and i % world == rank]
+    todo = [name for i, name in enumerate(parts) if not complete(name, len(parts[name])) and i % world == rank]
     left, started, estimated = sum(len(parts[name]) for name in todo), time.time(), rank > 0
     with tqdm(total=left, unit="picture", desc=f"captions by {encoder.name}", disable=rank > 0 or None) as bar:
         for name in todo:
             with alone(folder / name):
-                if complete(folder / name, len(parts[name])):           # by another process, meanwhile
+                if complete(name, len(parts[name])):    # by another process, meanwhile
                     continue
                 before = 0
                 for done, size in encode_part(folder / name, pictures.captions, parts[name], encoder):
@@ -1737,10 +1736,8 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
                         hours = (time.time() - started) * left / min(done, CHUNK) / 3600
                         if need > 1e9 or hours > 0.1:
                             bar.write(f"{folder}: {need:,} bytes and about {hours:.1f} hours to go")
-                        if need > (free := shutil.disk_usage(folder).free):
-                            raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try "
-                                            "--limit, or a narrower encoder")
-    metas = {name: complete(folder / name, len(parts[name])) for name in parts}
+                        check_room(folder, need, "--limit, or a narrower encoder")
+    metas = {name: complete(name, len(parts[name])) for name in parts}
     if "" not in parts and all(metas.values()):
         total = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
         longest = max(meta.get("longest", MAX_TOKENS) for meta in metas.values())
@@ -1860,11 +1857,11 @@ def permutation(seed, epoch, n):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batches[step] -> x uint8 (B, 3, S, S), y int64 (B,), all 0 in a set without classes. With text features, those in
-    place of y, padded as `pad` does, to `length` at least: float16 (B, L, d), mask (B, L). Only pictures that have
+    """Batches[step] -> x uint8 (b, 3, S, S), y int64 (b,), all 0 in a set without classes. With text features, those in
+    place of y, padded as `pad` does, to `length` at least: float16 (b, L, d), mask (b, L). Only pictures that have
     features come then.
 
-    batch: size of the global batch; rows: those of its rows that this process takes; flip: mirror
+    batch: size of the global batch; rows: the b of its rows that this process takes; flip: mirror
     half the pictures. Sample number k = step * batch + row, and all about it follows from (seed, k):
     it is the same at any number of workers and processes, and after any resume."""
 
@@ -1946,7 +1943,7 @@ def export(name, data_dir, out, limit):
     os.makedirs(out, exist_ok=True)
     with zipfile.ZipFile(os.path.join(out, "images.npz"), "w") as npz:      # np.savez would hold all of it in memory
         with npz.open("arr_0.npy", "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=(n, S, S, 3)))
+            npy_header(f, "|u1", n, S, S, 3)
             f.writelines(tqdm(in_threads(save, range(n)), total=n, disable=None))
         if pictures.labels is not None:
             with npz.open("arr_1.npy", "w") as f:
@@ -1966,8 +1963,8 @@ def encode_command(name, data_dir, encoder, limit):
     encoder = load_encoder(encoder)
     folder = text_folder(pictures.folder, encoder.name)
     if not encode_set(pictures, encoder, limit, rank, world):
-        return print(f"{folder} is there already: nothing to do")
-    if meta := read_meta(folder, FEATURES):
+        print(f"{folder} is there already: nothing to do")
+    elif meta := read_meta(folder, FEATURES):
         print(f"{folder}: {meta['captions']:,} captions of {meta['n']:,} pictures, {meta['tokens']:,} tokens, "
               f"{2 * meta['tokens'] * meta['width']:,} bytes")
     else:

@@ -37,6 +37,8 @@ from uvit import UViT
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
 SCORED = ("shapes", "shapes64", "shapes-text", "shapes64-text")         # sets that data.py can read back
 COMPILER = ("torch._dynamo", "torch._inductor")                         # modules of what torch.compile raises
+SHEET = 1024                                                            # pictures; nobody can look at a larger one
+ASKED = ".asked.json"                                                   # in a folder of pictures: what decides them
 
 
 def fail(message):
@@ -55,36 +57,20 @@ def read(path, weights="ema"):
 
     Told apart by content. UserError, one line, for anything else; weights: 'ema' or 'raw', which only our own have."""
     whole = data.read_dict(path)
-    if "config" in whole:
-        try:
-            config = {"clock": "plain", **whole["config"]}
-            for key, allowed in KNOWN.items():
-                if config[key] not in allowed:
-                    raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
-            if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
-                raise ValueError("its sample_steps, cfg and drop are not all numbers")
-            if config["cond"] == "text":
-                config["text"] = {key: whole["text"][key] for key in ("encoder", "null", "captions", "rows")}
-            return config, whole["ema" if weights == "ema" else "model"]
-        except (KeyError, TypeError, ValueError) as e:
-            fail(f"{path} does not fit this code: {e!r}")
-    model, reader = next((known for name, known in READERS.items() if name in whole), (None, None))
-    if not reader:
-        names = "entries like " + ", ".join(map(str, list(whole)[:3]))
-        what = next((what for name, what in FOREIGN.items() if name in whole), names)
-        fail(f"{path} is neither a checkpoint of train.py (it holds no config) nor a file of U-ViT or ADM: "
-             f"it holds {what}")
-    if weights == "raw":
-        fail(f"{path} is a published file, which holds one set of weights: leave out --weights raw")
+    if "config" not in whole:
+        return read_published(path, whole, weights)
     try:
-        arguments, state, facts = reader(whole)
-    except Exception as e:                                              # a damaged file can raise anything
-        reason = e if isinstance(e, ValueError) else f"it is damaged: {e!r}"
-        fail(f"{path} is no network that fits this code: {reason}")
-    size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
-    return dict(model=model, net=arguments, data=Path(path).stem, cond="class" if classes else "none", **facts,
-                drop=0.0, seed=0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
-                info=dict(size=size, classes=classes, flip=True)), state
+        config = {"clock": "plain", **whole["config"]}
+        for key, allowed in KNOWN.items():
+            if config[key] not in allowed:
+                raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
+        if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
+            raise ValueError("its sample_steps, cfg and drop are not all numbers")
+        if config["cond"] == "text":
+            config["text"] = {key: whole["text"][key] for key in ("encoder", "null", "captions", "rows")}
+        return config, whole["ema" if weights == "ema" else "model"]
+    except (KeyError, TypeError, ValueError) as e:
+        fail(f"{path} does not fit this code: {e!r}")
 
 
 def load_weights(net, weights):
@@ -154,7 +140,8 @@ def parse(argv):
     p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
     p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
                    "default: the run's own")
-    p.add_argument("--clip", choices=KNOWN["clip"], help="limits on pictures; default: the run's own")
+    p.add_argument("--clip", choices=KNOWN["clip"], help="limits on pictures; default: the run's own, but for text of "
+                   "another guidance above 2 dynamic in place of static")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
                    "one a line; default: the captions of the training's grid")
@@ -423,11 +410,28 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
            "state_dict": "another program's checkpoint", "model": "another program's checkpoint"}
 
 
+def read_published(path, whole, weights):
+    """What is in a file that is no checkpoint of train.py -> config and state_dict, as of `read`."""
+    model, reader = next((known for name, known in READERS.items() if name in whole), (None, None))
+    if not reader:
+        names = "entries like " + ", ".join(map(str, list(whole)[:3]))
+        what = next((what for name, what in FOREIGN.items() if name in whole), names)
+        fail(f"{path} is neither a checkpoint of train.py (it holds no config) nor a file of U-ViT or ADM: "
+             f"it holds {what}")
+    if weights == "raw":
+        fail(f"{path} is a published file, which holds one set of weights: leave out --weights raw")
+    try:
+        arguments, state, facts = reader(whole)
+    except Exception as e:                                              # a damaged file can raise anything
+        reason = e if isinstance(e, ValueError) else f"it is damaged: {e!r}"
+        fail(f"{path} is no network that fits this code: {reason}")
+    size, classes = arguments.pop("img_size"), [str(i) for i in range(arguments.pop("num_classes"))]
+    return dict(model=model, net=arguments, data=Path(path).stem, cond="class" if classes else "none", **facts,
+                drop=0.0, seed=0, sampler="dpm", sample_steps=20, cfg=1.0, clip="static",
+                info=dict(size=size, classes=classes, flip=True)), state
+
+
 # ---- the command --------------------------------------------------------------------------------------
-
-SHEET = 1024                                                            # pictures; nobody can look at a larger one
-ASKED = ".asked.json"                                                   # in a folder of pictures: what decides them
-
 
 def sheet_of(pictures, args, labels):
     """One PIL picture: a row for each guidance scale, else a column for each prompt, or about a square; labels (n,), or
@@ -474,6 +478,20 @@ def check_places(args, command):
             record.is_file() and record.read_bytes() == command):
         fail(f"the folder {args.out} is not empty, and not of this very command: choose another --out, so that nothing "
              "is overwritten")
+
+
+def hold(out, command):
+    """Write into a folder of pictures what decides them -> the open file. As long as it is open, no other command can
+    draw into the folder."""
+    f = open(out / ASKED, "a+b")
+    if not data.lock(f):
+        fail(f"another command is drawing into {out}: wait for it, or choose another --out")
+    f.seek(0)
+    if f.read() != command:
+        f.truncate(0)
+        f.write(command)
+        f.flush()
+    return f
 
 
 @contextlib.contextmanager
@@ -529,7 +547,8 @@ def main():
     wanted, asked, kinds, labels = [], None, None, None                 # asked: arr_1 of the .npz
     if config["cond"] == "class":
         wanted = classes_of(args, names)
-        asked, labels = wanted.numpy(), [names[c] for c in wanted] if len(args.cfg) > 1 else None
+        asked = wanted.numpy()
+        labels = [names[c] for c in wanted] if len(args.cfg) > 1 else None
     elif config["cond"] == "text":
         prompts, kinds = args.prompt or config["text"]["captions"], ["as asked"] * args.n
         if args.score and not args.prompt:
@@ -546,18 +565,12 @@ def main():
     command = what_decides(path, args, labels)
     check_places(args, command)
     if rank == 0 and folder:
-        held = open(out / ASKED, "a+b")                                 # and locked to the end of this function
-        if not data.lock(held):
-            fail(f"another command is drawing into {out}: wait for it, or choose another --out")
-        held.seek(0)
-        if held.read() != command:
-            held.truncate(0)
-            held.write(command)
-            held.flush()
+        held = hold(out, command)                                       # to the end of this function
     if world > 1:
         dist.barrier()                                                  # all have looked, and the folder is ours
 
-    # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks
+    # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks.
+    # Picture i has the same noise at every guidance scale
     blocks = [(scale, range(args.n)[first:first + args.batch])
               for scale in args.cfg for first in range(0, args.n, args.batch)]
     drawn = {}
@@ -600,9 +613,10 @@ def main():
         data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **shown))
     cut = f" (the first {SHEET:,})" if not folder and args.n > SHEET else ""
     print(f"{args.n * len(args.cfg)} pictures from {path}: {out}{cut}" + (f", {args.npz}" if args.npz else ""))
-    for i, scale in enumerate(args.cfg if args.score else []):
-        these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
-        tell_score(these, asked, kinds, f"{args.sampler} {args.steps}, guidance {scale:g}")
+    if args.score:
+        for i, scale in enumerate(args.cfg):
+            these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
+            tell_score(these, asked, kinds, f"{args.sampler} {args.steps}, guidance {scale:g}")
 
 
 if __name__ == "__main__":

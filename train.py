@@ -105,21 +105,23 @@ POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
         "log_every", "sample_every", "save_every", "keep_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
 
-# Minutes on a laptop. The cosine schedule, since eps on the linear one hardly learns outlines in this time; times
-# gathered around t = 0.6, because there outlines are decided. On the cosine schedule eps cares less for high noise
-# than v and more for outlines, and which is better depends. Right by eps / v: ASCEND's shapes 95 / 93%, the U-Net's
-# 99 / 100 (its single objects of a text 99 / 85), IU-ViT's 37 / 89. Batch 16: every picture teaches about 1.5 times as
-# much as in batches of 32 (8 would be as good, but slower on CPUs). The rate falls to zero over the last 40%. What goes
-# wrong in short runs are oblong squares and crooked crosses: large mistakes made early, which fresh noise mends and a
-# deterministic path keeps, so they are drawn by Euler-Maruyama in 200 steps; guidance gains little.
+# Minutes on a laptop:
+#   cosine                  on the linear schedule eps hardly learns outlines in this time
+#   v                       or eps, which cares less for high noise and more for outlines. Which is better depends: by
+#                           eps / v are right, in percent, ASCEND's shapes 95 / 93, the U-Net's 99 / 100 (its single
+#                           objects of a text 99 / 85), IU-ViT's 37 / 89
+#   shift 1.6, spread 0.4   times gather around t = 0.6, where outlines are decided
+#   batch 16                a picture teaches 1.5 times as much as in batches of 32 (8 is as good, but slower on CPUs)
+#   cooldown 0.4            the rate falls to zero over the last 40%
+#   em, 200 steps           what goes wrong in short runs are oblong squares and crooked crosses, large mistakes made
+#                           early: fresh noise mends them, a deterministic path keeps them
+#   cfg 1                   guidance gains little
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
-# The set shapes-text, by words: one or two objects and where they are. IU-ViT learns which word belongs to which object
-# about half way. Its times are of higher noise, where it is decided what is above what (at 1.6, spread 0.4, it had that
-# right in less than half of the pictures). The U-Net has single objects right, and few of two; of two seeds of ASCEND
-# one had two thirds of two, the other a tenth.
+# The set shapes-text, by words: one or two objects and where they are. The U-Net has single objects right, and few of
+# two; of two seeds of ASCEND one had two thirds of two, the other a tenth.
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
@@ -146,6 +148,8 @@ PRESETS = {
 
     "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", prediction="eps",
                               net=dict(PYRAMID, resample="conv", text_dim=256)),
+    # learns about half way which word belongs to which object. What is above what is decided at higher noise: at shift
+    # 1.6, spread 0.4 it had that right in less than half of the pictures
     "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", time_shift=3.0, time_spread=0.6, steps=14_000,
                               sample_every=3500, net=dict(VIT, text_dim=256)),
     "ascend-shapes-text": dict(LAPTOP_TEXT, model="ascend", prediction="eps", time_shift=2.2,
@@ -225,17 +229,22 @@ PAPER_RUNS = [
     ("ascend-celebahq256",    500_000,  128, 2e-4, ASCEND256,                           {}),
     ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),    # 590M; dim_mults given
 ]
-PRESETS.update({
-    name: dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
-    for name, steps, batch, lr, net, other in PAPER_RUNS for model, dataset in [name.split("-")[:2]]})
+
+
+def paper_run(name, steps, batch, lr, net, other):
+    model, dataset = name.split("-")[:2]
+    return dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
+
+
+PRESETS.update({row[0]: paper_run(*row) for row in PAPER_RUNS})
 
 
 def json_object(text):
-    """The type of --net; argparse makes a message of its errors."""
-    return dict(**json.loads(text))                     # a TypeError for anything but an object
-
-
-json_object.__name__ = """JSON object, like '{"dim": 64}':"""
+    """The type of --net."""
+    try:
+        return dict(**json.loads(text))                 # a TypeError for anything but an object
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"""{text!r} is no JSON object, like '{{"dim": 64}}'""")
 
 
 def parse(argv):
@@ -244,9 +253,9 @@ def parse(argv):
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: fail(f"{message} (python train.py --help lists all flags)")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=json_object)}
     for field in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else \
-            dict(type=json_object if field.type is dict else field.type, choices=CHOICES.get(field.name))
+        kind = kinds.get(field.type, dict(type=field.type, choices=CHOICES.get(field.name)))
         parser.add_argument("--" + field.name.replace("_", "-"), help=comments.get(field.name), **kind)
     parser.add_argument("--fresh", action="store_true", default=False, help="start over; the old run is moved aside")
     parser.add_argument("--dry-run", action="store_true", default=False, help="print the resolved config and stop")
@@ -372,7 +381,8 @@ def start_from(net, config, info):
     kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
     if not kept:
         weights.pop(key, None)
-        weights.update({key: own[key]} if key in own else {})
+        if key in own:
+            weights[key] = own[key]
     try:
         sample.load_weights(net, weights)
     except (ValueError, AttributeError) as e:
@@ -390,7 +400,7 @@ def build(config, info):
     return MODELS[config.model](img_size=info["size"], num_classes=classes, **config.net)
 
 
-def kind(value):
+def kind_of(value):
     """What a value in --net is, by name: Python would take "false" for true, and finds no 16 in ["16"]."""
     if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
         return "list of integers"
@@ -406,8 +416,8 @@ def measure(config, info, tokens=data.MAX_TOKENS):
     usual = inspect.signature(MODELS[config.model]).parameters
     try:
         for key, value in config.net.items():
-            if key in usual and kind(value) != kind(usual[key].default):
-                raise TypeError(f"{key} {value!r} is no {kind(usual[key].default)}")
+            if key in usual and kind_of(value) != kind_of(usual[key].default):
+                raise TypeError(f"{key} {value!r} is no {kind_of(usual[key].default)}")
         with torch.device("meta"), torch.no_grad():
             net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
             assert all(p.numel() for p in net.parameters()), "it has a layer of no width"
@@ -515,6 +525,15 @@ def resume(config, info, net, ema, opt):
              "choose another --out, or --fresh to start over")
 
 
+def keep_log(path, step):
+    """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
+    if path.exists():
+        head, *rows = path.read_text(errors="replace").splitlines() or [""]
+        kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
+        lines = [head, *kept] if kept else []           # an empty file gets its head with the first row
+        data.write_file(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+
+
 def choose_encoder(config, source, fresh):
     """Choose the encoder whose features are read: --encoder, or else the one that the run began with, whatever has been
     encoded since. The network's text_dim becomes its width."""
@@ -532,25 +551,25 @@ def choose_encoder(config, source, fresh):
     config.net["text_dim"] = width
 
 
-def keep_log(path, step):
-    """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
-    if path.exists():
-        head, *rows = path.read_text(errors="replace").splitlines() or [""]
-        kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
-        lines = [head, *kept] if kept else []           # an empty file gets its head with the first row
-        data.write_file(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+def prepare(config, source):
+    """On first use: make a built-in set, which may be a long download, and features of its captions by words."""
+    if source in data.BUILT_IN:
+        data.prepare(source, config.data_dir)
+    words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
+    if config.encoder == "words" and not words.exists():            # find_encoder refuses others that are absent
+        data.encode_set(data.open_set(source, config.data_dir), data.Words())
 
 
 def grid_text(pictures, features, n):
     """What a checkpoint keeps of the text, so that sampling needs neither set nor encoder: n captions from all over the
     set for the sample grids, their features and those of the empty caption, float16 (L, d) each."""
     chosen = [i % features.n for i in data.spread(range(max(n, features.n)), n)]
-    return dict(encoder=features.encoder, width=features.width, null=torch.from_numpy(features.null),
+    return dict(encoder=features.encoder, null=torch.from_numpy(features.null),
                 captions=[pictures.captions[i][0] for i in chosen],
                 rows=[torch.from_numpy(features.row(i)) for i in chosen])
 
 
-def draw_grid(net, record, step, at_once, device):
+def draw_grid(net, record, path, at_once, device):
     """A grid of samples, from the same noise and the same classes or captions every time, and progress.png of all grids
     so far. Each process draws its share, as many at a time as it trains on."""
     rank, world = data.processes()
@@ -561,10 +580,9 @@ def draw_grid(net, record, step, at_once, device):
         drawn.update(zip(ids, sample.draw(net, record, asked, ids, device)))
     drawn = sample.gather(drawn, rank, world)
     if rank == 0:
-        folder = Path(record["out"], "samples")
         sheet = data.grid(np.stack([drawn[i] for i in range(record["samples"])]), columns=8)
-        data.write_file(folder / f"step_{step:07d}.png", lambda f: sheet.save(f, "png"))
-        draw_progress(folder, record["info"]["size"])
+        data.write_file(path, lambda f: sheet.save(f, "png"))
+        draw_progress(path.parent, record["info"]["size"])
 
 
 def draw_progress(folder, size):
@@ -597,7 +615,6 @@ def join(config, device):
     return store
 
 
-BAD_STEPS = 100         # so many gradients in a row that are not finite, seen when it logs, and a run stops
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]    # Windows: two
 
 
@@ -618,13 +635,7 @@ def listen_for_stops(worker=None):
     return stops
 
 
-def prepare(config, source):
-    """On first use: make a built-in set, which may be a long download, and features of its captions by words."""
-    if source in data.BUILT_IN:
-        data.prepare(source, config.data_dir)
-    words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
-    if config.encoder == "words" and not words.exists():            # find_encoder refuses others that are absent
-        data.encode_set(data.open_set(source, config.data_dir), data.Words())
+BAD_STEPS = 100         # so many gradients in a row that are not finite, seen when it logs, and a run stops
 
 
 def main():
@@ -711,7 +722,7 @@ def main():
     if config.grad_ckpt:
         checkpoint_blocks(net)                                      # and not its average, which needs no gradients
     model = net                                                     # what learns: net, perhaps compiled, perhaps in DDP
-    compiled = config.compile or (config.compile is None and device.type == "cuda")
+    compiled = device.type == "cuda" if config.compile is None else config.compile
     if compiled:
         if main_rank and start < config.steps:
             print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
@@ -792,7 +803,8 @@ def main():
             if main_rank:
                 ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
                             skipped=int(skipped), seconds=time.time() - began, config=record)
-                ckpt.update(dict(text=text) if text else {})
+                if text:
+                    ckpt["text"] = text
                 data.write_file(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
             saved = step
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
@@ -800,12 +812,13 @@ def main():
         sheet = out / f"samples/step_{step:07d}.png"                # of `start` there is none if its drawing was killed
         if step > 0 and (step % config.sample_every == 0 or last) and not (step == start and sheet.exists()):
             with precision:
-                draw_grid(ema, dict(record, text=text), step, micro, device)
+                draw_grid(ema, dict(record, text=text), sheet, micro, device)
         since += time.time() - pause
         if leaving or last:
             break
 
-        # the next step: all randomness follows from (seed, step), so a resumed run sees the same
+        # the next step. A resumed run sees the same: times, noise and dropped conditions follow from (seed, step), the
+        # batch from the seed and the numbers of its samples, dropout from (seed, step, micro-batch, rank)
         g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
         t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
         eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]

@@ -38,7 +38,7 @@ def terminal(tmp_path, monkeypatch, capsys):
 
 
 def files_in(folder):
-    return sorted(path.name for path in Path(folder).iterdir())
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".lock")
 
 
 # ---- shapes, drawn --------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_no_file(harm, says, ar
     monkeypatch.setattr(data, "CIFAR_URL", url)
     with pytest.raises(data.UserError, match=f"{says}.*prepare cifar10 --src"):
         data.prepare("cifar10", tmp_path / "sets")
-    assert not [path for path in (tmp_path / "sets").rglob("*") if path.is_file()]
+    assert files_in(tmp_path / "sets") == ["cifar10"] and files_in(tmp_path / "sets/cifar10") == []
 
 
 # ---- folders of pictures --------------------------------------------------------------------------------------------
@@ -516,7 +516,7 @@ def test_leftovers_of_a_killed_prepare_are_replaced(tmp_path):
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=92_399))
-    with pytest.raises(data.UserError, match="92,399 bytes free and .* needs 92,400: try --data-dir .* or --limit"):
+    with pytest.raises(data.UserError, match="92,399 bytes free and .* needs 92,400 more: try --data-dir .* --limit"):
         data.prepare("shapes", tmp_path, limit=30)
     assert files_in(tmp_path / "shapes") == []
 
