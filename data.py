@@ -78,7 +78,8 @@ def run(main):
     except BrokenPipeError:                             # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(e, (OSError, LocalError)):
+        alone = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
+        if alone or isinstance(e, (OSError, LocalError)):
             text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a loader worker's
             tqdm.write("error: " + " ".join(text), file=sys.stderr)     # on a line of its own, below bars
         sys.exit(2)
@@ -89,9 +90,10 @@ def processes():
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise UserError(f"the environment's RANK {rank!r} of WORLD_SIZE {world!r} makes no sense; torchrun sets them")
-    if int(world) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
-        raise UserError(f"the environment has a WORLD_SIZE of {world} without MASTER_ADDR, MASTER_PORT; torchrun sets "
-                        "them")
+    port = os.environ.get("MASTER_PORT", "")
+    if int(world) > 1 and not ("MASTER_ADDR" in os.environ and port.isdecimal() and int(port) < 2 ** 16):
+        raise UserError(f"the environment has a WORLD_SIZE of {world} without MASTER_ADDR, or with a MASTER_PORT "
+                        f"{port!r} that is none; torchrun sets them")
     return int(rank), int(world)
 
 
@@ -830,6 +832,10 @@ def tar_pictures(path):
                 if member.isfile() and stem and member.offset_data + member.size <= end:
                     sample = samples.setdefault((folder, stem), {})
                     sample["." + kind.lower()] = member.offset_data, member.size
+            with open(path, "rb") as f:                 # an end is zeros alone; tarfile also ends, in silence, at what
+                f.seek(tar.offset)                      # is no header
+                if any(f.read(2 ** 16)):
+                    trouble = f"damaged at byte {tar.offset:,}, beyond which nothing is read"
     except tarfile.TarError as e:                       # what was read is good all the same
         trouble = str(e)
     rows, dotted = [], 0
@@ -1274,14 +1280,16 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
     """meta.json of a complete set, or of other things that need other keys; None if there is none."""
     try:
         meta = json.loads(Path(folder, "meta.json").read_bytes())
-        if wrong := [key for key in kinds if not isinstance(meta, dict) or type(meta.get(key)) is not kinds[key]]:
-            raise ValueError(f"no proper {', '.join(wrong)} in it")
-        return meta
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as e:
         raise UserError(f"{folder}/meta.json is damaged ({e}): {removal(folder)}, "
                         f"and {'encode' if kinds is FEATURES else 'prepare'} again")
+    wrong = [key for key in kinds if not isinstance(meta, dict) or type(meta.get(key)) is not kinds[key]]
+    if wrong:                                           # the folder may be somebody's own
+        raise UserError(f"{folder}/meta.json is of something else (it has no proper {', '.join(wrong)}): choose "
+                        "another name, or move that away")
+    return meta
 
 
 def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=None):
@@ -1306,8 +1314,8 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
         raise UserError("--classes: only celeba64 and celebahq256 have attributes")
     if classes is not None and len(classes) > 10:
         raise UserError(f"--classes: {len(classes)} attributes make 2^{len(classes)} classes; at most 10 go together")
-    src = src and os.path.abspath(os.path.expanduser(src))
-    if src and Path(os.path.abspath(folder)) in (Path(src), *Path(src).parents):
+    src, real = src and os.path.abspath(os.path.expanduser(src)), Path(os.path.realpath(src or ""))
+    if src and Path(os.path.realpath(folder)) in (real, *real.parents):
         raise UserError(f"--src {src} lies in {folder}, where the set goes: move the pictures away")
     meta = read_meta(folder)
     if meta:
@@ -1320,6 +1328,9 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     if "src" in row and src is None:
         raise not_there(name, data_dir) if name in BUILT_IN else UserError(
             f"which pictures? Name their folder with --src FOLDER: {row['src']}")
+    # a prepare that was killed leaves a lock, and all else in such a folder is replaced
+    if os.path.isdir(folder) and os.listdir(folder) and not os.path.exists(os.path.join(folder, ".lock")):
+        raise UserError(f"{folder} holds files, and no set: choose another name, or move them away")
     try:
         with alone(folder):
             if read_meta(folder):                       # another process was first: is it what is asked for?

@@ -11,6 +11,7 @@ f(x, t, *cond) of the right shape will do, where cond is the tuple of what the n
 nothing, (y,) for classes, (features, mask) for text.
 """
 import contextlib
+import functools
 import math
 import os
 
@@ -92,8 +93,14 @@ def on_clock(net, name):
     """net itself, with a hook that translates t: net(x, t, *cond) from now on takes the t of this file, and whoever
     draws or trains with it need not know of clocks. (net.forward, called directly, translates nothing.)"""
     if name != "plain":
-        net.register_forward_pre_hook(lambda net, args: (args[0], CLOCKS[name](args[1]), *args[2:]))
+        net.register_forward_pre_hook(functools.partial(translate, name), with_kwargs=True)
     return net
+
+
+def translate(clock, net, args, kwargs):
+    if "t" in kwargs:
+        return args, {**kwargs, "t": CLOCKS[clock](kwargs["t"])}
+    return (args[0], CLOCKS[clock](args[1]), *args[2:]), kwargs
 
 
 # ---- learning ----------------------------------------------------------------------------------------

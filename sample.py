@@ -156,6 +156,8 @@ def parse(argv):
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the network: minutes first, for many images")
     args = p.parse_args(argv)
+    if empty := [name for name, value in vars(args).items() if value == ""]:
+        fail(f"--{empty[0]} must not be empty")
     for name in ("n", "batch", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")

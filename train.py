@@ -10,6 +10,7 @@ The same command again resumes from the run's checkpoint: on a CPU, with as many
 --accum, bit for bit. A larger --steps goes on from there.
 """
 import argparse
+import atexit
 import copy
 import ctypes
 import dataclasses
@@ -264,6 +265,9 @@ def parse(argv):
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         fresh = False                                   # torchrun replaces a rank that died, and the run is to go on
 
+    if empty := [field for field, value in asked.items() if value == ""]:           # --init-from "$FORGOTTEN"
+        fail(f"--{empty[0].replace('_', '-')} must not be empty")
+
     # which row
     name = asked.get("preset") or ("" if asked.get("init_from") else nearest_preset(asked))
     if name and name not in PRESETS:
@@ -488,6 +492,14 @@ def move_aside(out):
     print(f"the old run is now {aside}")
 
 
+def facts(record):
+    """What must be equal in two records of a run, one beside the other: fields, the network's arguments, and what is
+    known of the set."""
+    arguments = {f"net {name}": value for name, value in record["net"].items()}
+    fields = {name: value for name, value in record.items() if name not in ("net", "info")}
+    return {**fields, **arguments, "captioned": None, **record["info"]}     # None: all pictures have captions
+
+
 def resume(config, info, net, ema, opt):
     """Load the checkpoint in the run's folder -> (steps done, seconds taken, steps skipped), zeros for a new run. A
     folder that holds another run is refused with the difference shown."""
@@ -497,15 +509,15 @@ def resume(config, info, net, ema, opt):
         return new
     try:
         old = ckpt["config"] if ckpt else json.loads((out / "config.json").read_bytes())    # stopped before it saved
-        old = {**dataclasses.asdict(Config()), **old, **old["info"]}        # facts of the set beside the fields
+        old = facts(dict(dataclasses.asdict(Config()), **old))
     except (ValueError, TypeError, KeyError):
         fail(f"the config of {out} is not that of a run: choose another --out")
-    asked = {"captioned": None, **dataclasses.asdict(config), **info}       # None: now all pictures have captions
-    asked = json.loads(json.dumps(asked))                           # in JSON, tuples are lists
+    asked = facts(json.loads(json.dumps(dict(dataclasses.asdict(config), info=info))))  # in JSON, tuples are lists
     if data.same_encoder(str(old.get("encoder")), config.encoder):  # which may lie elsewhere by now
         old["encoder"] = config.encoder
-    changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(v)} asked" for k, v in asked.items()
-               if k not in FREE and old.get(k) != v]
+    names = {**asked, **{k: v for k, v in old.items() if k.startswith("net ")}}     # of arguments either may lack some
+    changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(asked.get(k))} asked" for k in names
+               if k not in FREE and old.get(k) != asked.get(k)]
     if changed:
         fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
     if not ckpt:
@@ -743,6 +755,8 @@ def main():
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
         worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
+    if config.workers:                                              # also after errors: at exit Python sends its
+        atexit.register(batches._shutdown_workers)                  # children one SIGTERM, which ours outlive
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
     skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: without a break

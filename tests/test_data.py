@@ -507,11 +507,26 @@ def test_a_prepare_that_is_killed_leaves_no_set_and_can_be_repeated(last, tmp_pa
 
 def test_leftovers_of_a_killed_prepare_are_replaced(tmp_path):
     (tmp_path / "shapes").mkdir()
-    for name in ("images.npy", "images.npy.part", "labels.npy", "captions.jsonl", "skipped.txt"):
+    for name in (".lock", "images.npy", "images.npy.part", "labels.npy", "captions.jsonl", "skipped.txt"):
         (tmp_path / "shapes" / name).write_text("of another set")
     data.prepare("shapes", tmp_path, limit=30)
     assert files_in(tmp_path / "shapes") == ["images.npy", "labels.npy", "meta.json"]
     assert data.open_set("shapes", tmp_path).captions is None
+
+
+@pytest.mark.parametrize("file", ["labels.npy", "captions.jsonl", "cat.png"])
+def test_files_of_somebodys_own_are_not_taken_for_leftovers(file, tmp_path):
+    """Where the set would go, or where a link leads that --src names."""
+    own = tmp_path / "sets/mine" / file
+    own.parent.mkdir(parents=True)
+    own.write_text("years of work")
+    for _ in range(2):
+        with pytest.raises(data.UserError, match="mine holds files, and no set: choose another name"):
+            data.prepare("mine", tmp_path / "sets", str(tmp_path))
+    (tmp_path / "elsewhere").symlink_to(own.parent)
+    with pytest.raises(data.UserError, match="elsewhere lies in .*mine, where the set goes"):
+        data.prepare("mine", tmp_path / "sets", str(tmp_path / "elsewhere"))
+    assert own.read_text() == "years of work" and files_in(own.parent) == [file]
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):

@@ -263,6 +263,12 @@ def test_a_clock_gives_the_network_the_numbers_of_the_original_scripts(clock, ti
     torch.testing.assert_close(net.number, torch.tensor(numbers, dtype=torch.float32), rtol=1e-6, atol=1e-4)
 
 
+def test_a_network_with_a_clock_is_pickled_and_takes_t_by_name():
+    net = pickle.loads(pickle.dumps(diffusion.on_clock(Recorder(), "uvit")))
+    net(torch.zeros(1, 1), t=torch.ones(1))
+    assert net.number == 999
+
+
 def adm_betas(schedule):
     """The thousand betas of guided-diffusion, float64."""
     if schedule == "linear":

@@ -28,6 +28,34 @@ train.main()
 """
 
 
+LOADER_FAILS_AT_STEP_2 = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, train
+read = data.Batches.__getitem__
+def failing(self, step):
+    if step == 2:
+        HOW
+    return read(self, step)
+data.Batches.__getitem__ = failing
+if __name__ == "__main__":
+    data.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("how, code, says", [
+    ("raise OSError('the disk is gone')", 2, "error: OSError: the disk is gone"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", 1, "rank 0 failed at step")], ids=["raises", "killed"])
+def test_a_run_ends_whose_loader_fails(datasets, tmp_path, how, code, says):
+    """Loaders outlive a SIGTERM, and Python, which sends them one before it ends, would wait for them for ever."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(LOADER_FAILS_AT_STEP_2.replace("HOW", how))
+    flags = [*flags_of("uvit", datasets, "run"), "--steps", 20, "--workers", 2]
+    run = subprocess.run([sys.executable, driver, *map(str, flags)], cwd=tmp_path, capture_output=True, text=True,
+                         timeout=100)
+    assert run.returncode == code and says in run.stderr, run.stderr
+
+
 def torchrun(*args, cwd, **popen):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, args)], cwd=cwd, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -511,6 +511,21 @@ def test_shards_are_indexed_and_their_captions_read_in_place(published, tmp_path
     assert meta["shards"] == ["00000.tar", "00001.tar"] and meta["n"] == 5 and meta["crop"] == "square"
 
 
+@pytest.mark.parametrize("harm", ["noise", "zeros", "another tar behind it"])
+def test_a_shard_that_ends_before_its_file_does_is_told(harm, published, tmp_path, capsys):
+    """tarfile ends without a word where the next header should be and is not."""
+    src = published(shards, spoil=False)
+    file = src / "00000.tar"
+    whole = file.read_bytes()
+    with tarfile.open(file) as tar:
+        at = tar.getmembers()[3].offset
+    spoilt = {"noise": b"\xa5" * 512, "zeros": bytes(512)}.get(harm)
+    file.write_bytes(whole[:at] + spoilt + whole[at + 512:] if spoilt else whole + whole)
+    assert len(opened("cc12m64", src, tmp_path)) == (4 if spoilt else 6)
+    end = at if spoilt else max(i for i in range(0, len(whole), 512) if any(whole[i - 512:i]))
+    assert f"00000.tar: damaged at byte {end:,}" in capsys.readouterr().err
+
+
 def test_a_tar_of_all_pictures_and_then_all_texts_has_its_captions(published, tmp_path):
     src = published(captioned_folder)
     with tarfile.open(src / "0.tar", "w") as tar:
@@ -887,6 +902,10 @@ def test_files_of_another_kind_are_one_line(file, content, says, published, tmp_
         Path(folder, file).write_bytes(content)
     else:
         np.save(Path(folder, file), content)
-    for look in (data.open_set, data.describe) if file == "meta.json" else (data.open_set,):
+    if file == "meta.json":                     # of somebody's own, perhaps: no word of removing the folder
+        for look in (data.open_set, data.describe):
+            with pytest.raises(data.UserError, match=f"of something else.*{says}.*choose another name"):
+                look("edm", tmp_path)
+    else:
         with pytest.raises(data.UserError, match=f"damaged.*{says}.*rm -r"):
-            look("edm", tmp_path)
+            data.open_set("edm", tmp_path)

@@ -292,6 +292,7 @@ def test_a_folder_that_holds_another_run_is_refused_with_the_difference(trained)
 @pytest.mark.parametrize("flags, says", [
     (["--batch", 4], "batch: 8 there, 4 asked"), (["--data", "shapes64"], "data: 'shapes' there, 'shapes64' asked"),
     (["--seed", 1], "seed: 0 there, 1 asked"), (["--schedule", "linear"], "schedule: 'cosine' there, 'linear' asked"),
+    (["--net", '{"patch_size": 8, "dim": 32, "depth": 3, "heads": 4}'], r"another run \(net heads: 2 there, 4 asked\)"),
     (["--model", "iuvit", "--net", '{"patch_size": 4}'], "model: 'uvit' there, 'iuvit' asked")])
 def test_what_would_be_another_run_is_refused(trained, flags, says):
     trained("--steps", 1)
@@ -522,6 +523,10 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monke
 def test_processes_that_cannot_find_each_other_are_one_message(trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(data.UserError, match="a WORLD_SIZE of 2 without MASTER_ADDR.*torchrun sets them"):
+        trained()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "99999")
+    with pytest.raises(data.UserError, match="MASTER_PORT '99999' that is none"):
         trained()
 
 
