@@ -111,7 +111,9 @@ def write_file(path, write):
     except BaseException as e:                          # also Ctrl-C
         with contextlib.suppress(OSError):
             os.unlink(part)
-        if isinstance(e, (OSError, RuntimeError)):      # the latter is torch.save's word for a full disk
+        if isinstance(e, RuntimeError):                 # torch.save's, of what went wrong before
+            e = e.__context__ or e
+        if isinstance(e, (OSError, RuntimeError)):
             raise OSError(f"cannot write {path}: {e}")
         raise
 

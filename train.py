@@ -108,9 +108,9 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
 
 # Minutes on a laptop:
 #   cosine                  on the linear schedule eps hardly learns outlines in this time
-#   v                       or eps, which cares less for high noise and more for outlines. Which is better depends: by
-#                           eps / v are right, in percent, ASCEND's shapes 95 / 93, the U-Net's 99 / 100 (its single
-#                           objects of a text 99 / 85), IU-ViT's 37 / 89
+#   v                       or eps, which cares less for high noise and more for outlines. Which is better depends. By
+#                           eps / v so many percent are right: ASCEND's shapes 95 / 93, the U-Net's 99 / 100 (its
+#                           single objects of a text 99 / 85), IU-ViT's 37 / 89
 #   shift 1.6, spread 0.4   times gather around t = 0.6, where outlines are decided
 #   batch 16                a picture teaches 1.5 times as much as in batches of 32 (8 is as good, but slower on CPUs)
 #   cooldown 0.4            the rate falls to zero over the last 40%
@@ -510,7 +510,7 @@ def resume(config, info, net, ema, opt):
     try:
         old = ckpt["config"] if ckpt else json.loads((out / "config.json").read_bytes())    # stopped before it saved
         old = facts(dict(dataclasses.asdict(Config()), **old))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         fail(f"the config of {out} is not that of a run: choose another --out")
     asked = facts(json.loads(json.dumps(dict(dataclasses.asdict(config), info=info))))  # in JSON, tuples are lists
     if data.same_encoder(str(old.get("encoder")), config.encoder):  # which may lie elsewhere by now

@@ -108,7 +108,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(datasets, t
                           capture_output=True, preexec_fn=small_files, env={**os.environ, "OMP_NUM_THREADS": "1"})
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "ckpt.pt" in errors[0], errors
+    assert "ckpt.pt" in errors[0] and "File too large" in errors[0], errors
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.part"))
 
 
