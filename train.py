@@ -26,6 +26,7 @@ import shlex
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -647,6 +648,13 @@ def listen_for_stops(worker=None):
     return stops
 
 
+def shut_down(loader):
+    """At exit, end the processes of a loader, a weakref, that an error has kept from ending with it. Python itself sends
+    them one SIGTERM, which they outlive, and would wait for ever."""
+    if loader():
+        loader()._shutdown_workers()
+
+
 BAD_STEPS = 100         # so many gradients in a row that are not finite, seen when it logs, and a run stops
 
 
@@ -755,8 +763,8 @@ def main():
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
         worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
-    if config.workers:                                              # also after errors: at exit Python sends its
-        atexit.register(batches._shutdown_workers)                  # children one SIGTERM, which ours outlive
+    if config.workers:
+        atexit.register(shut_down, weakref.ref(batches))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
     skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: without a break

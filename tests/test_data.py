@@ -752,10 +752,14 @@ def test_a_mistake_in_a_real_terminal_shows_no_traceback(tmp_path):
 
 
 def test_of_the_processes_of_a_node_the_first_one_complains(terminal, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("RANK", "9")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert terminal("show", "cats") == (2, "", "")
     monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "no data set 'cats'" in terminal("show", "cats")[2]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_RANK", "1")                           # left over from elsewhere
     assert "no data set 'cats'" in terminal("show", "cats")[2]
 
 
