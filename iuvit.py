@@ -65,7 +65,7 @@ def attend(q, k, v, mask=None):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention among all tokens, of which text is none. No bias on q, k, v, as in U-ViT."""
+    """Self-attention among all tokens; text is not one of them. No bias on q, k, v, as in U-ViT."""
 
     def __init__(self, dim, heads):
         super().__init__()

@@ -2,7 +2,7 @@
 
     python sample.py                                     the newest run, 64 pictures, one sheet
     python sample.py --ckpt runs/mine/ckpt.pt --n 480 --score
-    python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of single PNGs; again, it goes on
+    python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of PNGs, which the same again goes on with
     python sample.py --prompt "a small red circle above a large blue square" "a large green cross on the left"
     python sample.py --prompt @prompts.txt --cfg 1,2,4   prompts from a file, one a line; a row for each guidance scale
     python sample.py --ckpt cifar10_uvit_small.pth       weights that U-ViT's or ADM's authors have published

@@ -127,7 +127,7 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
-# noise, and a wider spread, as detail is learnt at low noise (which shapes hardly train, so they keep a grain).
+# noise, and a wider spread, as detail is learnt at low noise (which shapes hardly train: their samples are grainy).
 # Emoji have names, and a network that reads them draws faces in half the steps of one that does not.
 SMALL64 = dict(LAPTOP, data="emoji64", cond="text", cfg=2.0, time_shift=2.0, time_spread=0.8, steps=8000, lr=1e-3,
                samples=32, sample_every=1000, sampler="dpm", sample_steps=20)
@@ -163,7 +163,7 @@ PRESETS = {
     "ascend-emoji64": dict(SMALL64, model="ascend", net=PYRAMID64),
 }
 
-# With --init-from and no --preset: network, schedule, prediction and clock are the file's, and these are assumed. A low
+# With --init-from and no --preset network, schedule, prediction and clock are the file's, and the rest is this. A low
 # rate, because the weights are good already.
 FINE_TUNE = dict(data="shapes", steps=20_000, batch=32, lr=1e-4, warmup=500, ema=0.999, samples=24, sample_every=500,
                  save_every=500)

@@ -59,7 +59,8 @@ class GroupNorm(nn.GroupNorm):
 
     def by_hand(self, x):
         """forward in simple operations, for torch.compile on a GPU. PyTorch's own copies channels_last maps to channels
-        first there, and the next convolution copies them back: a fifth of a step. Sums over H and W copy nothing."""
+        first there, and the next convolution copies them back, which took a fifth of a step. Sums over H and W need no
+        copies."""
         x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
         channel_var, channel_mean = (m.unflatten(1, (self.num_groups, -1))          # (B, groups, C/groups)
                                      for m in torch.var_mean(x, dim=(2, 3), correction=0))
