@@ -649,8 +649,8 @@ def listen_for_stops(worker=None):
 
 
 def shut_down(loader):
-    """At exit, end the processes of a loader, a weakref, that an error has kept from ending with it. Python itself sends
-    them one SIGTERM, which they outlive, and would wait for ever."""
+    """At exit, end the processes of a loader (a weakref) that an error has kept alive. Python itself sends them one
+    SIGTERM, which they outlive, and would wait for ever."""
     if loader():
         loader()._shutdown_workers()
 
