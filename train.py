@@ -150,8 +150,8 @@ PRESETS = {
 
     "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", prediction="eps",
                               net=dict(PYRAMID, resample="conv", text_dim=256)),
-    # two of three seeds learn about half way which word belongs to which object. What is above what is decided at higher
-    # noise: at shift 1.6, spread 0.4 it had that right in less than half of the pictures
+    # of three seeds two learn, about half way, which word belongs to which object. What is above what is decided at
+    # higher noise: at shift 1.6, spread 0.4 it had that right in less than half of the pictures
     "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", time_shift=3.0, time_spread=0.6, steps=14_000,
                               sample_every=3500, net=dict(VIT, text_dim=256)),
     "ascend-shapes-text": dict(LAPTOP_TEXT, model="ascend", prediction="eps", time_shift=2.2,
