@@ -89,10 +89,10 @@ def processes():
     """(rank, world): the number of this process and how many there are, as torchrun says; (0, 1) without it."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-        raise UserError(f"the environment's RANK {rank!r} of WORLD_SIZE {world!r} makes no sense; torchrun sets them")
+        raise LocalError(f"the environment's RANK {rank!r} of WORLD_SIZE {world!r} makes no sense; torchrun sets them")
     port = os.environ.get("MASTER_PORT", "")
     if int(world) > 1 and not ("MASTER_ADDR" in os.environ and port.isdecimal() and int(port) < 2 ** 16):
-        raise UserError(f"the environment has a WORLD_SIZE of {world} without MASTER_ADDR, or with a MASTER_PORT "
+        raise LocalError(f"the environment has a WORLD_SIZE of {world} without MASTER_ADDR, or with a MASTER_PORT "
                         f"{port!r} that is none; torchrun sets them")
     return int(rank), int(world)
 
@@ -788,9 +788,13 @@ def open_lmdb(src):
     except ImportError:
         raise UserError("LSUN is kept in lmdb files: `pip install lmdb`")
     try:
-        return lmdb.open(src, readonly=True, lock=False, readahead=False, meminit=False)
+        env = lmdb.open(src, readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as e:
         raise UserError(f"{src} is not a readable lmdb: {e}")
+    size, whole = os.path.getsize(os.path.join(src, "data.mdb")), (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    if size < whole:                                    # reading on would kill this process by a bus error
+        raise UserError(f"{src} is cut short: data.mdb has {size:,} bytes of {whole:,}")
+    return env
 
 
 if hasattr(os, "register_at_fork"):                     # an lmdb must not be carried through a fork
@@ -838,8 +842,8 @@ def tar_pictures(path):
                 f.seek(tar.offset)                      # is no header
                 if any(f.read(2 ** 16)):
                     trouble = f"damaged at byte {tar.offset:,}, beyond which nothing is read"
-    except tarfile.TarError as e:                       # what was read is good all the same
-        trouble = str(e)
+    except Exception as e:                              # a damaged header can raise anything; what was read is good
+        trouble = str(e) or type(e).__name__
     rows, dotted = [], 0
     for sample in samples.values():
         picture = next((sample[kind] for kind in EXTENSIONS if kind in sample), None)
@@ -1331,7 +1335,8 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
         raise not_there(name, data_dir) if name in BUILT_IN else UserError(
             f"which pictures? Name their folder with --src FOLDER: {row['src']}")
     # a prepare that was killed leaves a lock, and all else in such a folder is replaced
-    if os.path.isdir(folder) and os.listdir(folder) and not os.path.exists(os.path.join(folder, ".lock")):
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    if ".lock" not in there and any(not name.startswith(".") for name in there):
         raise UserError(f"{folder} holds files, and no set: choose another name, or move them away")
     try:
         with alone(folder):
@@ -1356,6 +1361,7 @@ def convert(source, folder, about):
     for old in ("images.npy", "index.npy", "labels.npy", "captions.jsonl", "skipped.txt", "meta.json"):
         for path in (Path(folder, old), Path(folder, old + ".part")):
             path.unlink(missing_ok=True)
+    shutil.rmtree(Path(folder, "text"), ignore_errors=True)             # features of other captions
     S, skipped, index = source.size, source.skipped, source.index
     need = source.count * (3 * S * S + 8) if index is None else index.nbytes
     print(f"writing {source.count:,} pictures of {S}x{S} to {folder}: {need:,} bytes"

@@ -158,6 +158,8 @@ def parse(argv):
     args = p.parse_args(argv)
     if empty := [name for name, value in vars(args).items() if value == ""]:
         fail(f"--{empty[0]} must not be empty")
+    if args.out == Path():
+        fail("--out must name a file, or a folder of its own")
     for name in ("n", "batch", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, not {getattr(args, name)}")

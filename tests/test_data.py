@@ -514,6 +514,15 @@ def test_leftovers_of_a_killed_prepare_are_replaced(tmp_path):
     assert data.open_set("shapes", tmp_path).captions is None
 
 
+def test_a_set_that_is_prepared_anew_has_no_features_of_its_old_captions(album, tmp_path):
+    folder = tmp_path / "sets/mine"
+    (folder / "text/words").mkdir(parents=True)
+    (folder / "text/words/tokens.npy").write_text("of other captions")
+    (folder / ".lock").touch()
+    data.prepare("mine", tmp_path / "sets", album("a.png"))
+    assert files_in(folder) == ["images.npy", "meta.json"]
+
+
 @pytest.mark.parametrize("file", ["labels.npy", "captions.jsonl", "cat.png"])
 def test_files_of_somebodys_own_are_not_taken_for_leftovers(file, tmp_path):
     """Where the set would go, or where a link leads that --src names."""

@@ -526,6 +526,18 @@ def test_a_shard_that_ends_before_its_file_does_is_told(harm, published, tmp_pat
     assert f"00000.tar: damaged at byte {end:,}" in capsys.readouterr().err
 
 
+def test_a_shard_with_a_header_of_absurd_size_is_told_and_keeps_what_comes_before(published, tmp_path, capsys):
+    src = published(shards, spoil=False)
+    header = tarfile.TarInfo("long")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2 ** 62
+    with tarfile.open(src / "00000.tar") as tar:
+        end = tar.getmembers() and tar.offset                                   # where the zeros begin
+    os.truncate(src / "00000.tar", end)
+    with open(src / "00000.tar", "ab") as f:
+        f.write(header.tobuf(tarfile.GNU_FORMAT))
+    assert len(opened("cc12m64", src, tmp_path)) == 6 and "00000.tar: " in capsys.readouterr().err
+
+
 def test_a_tar_of_all_pictures_and_then_all_texts_has_its_captions(published, tmp_path):
     src = published(captioned_folder)
     with tarfile.open(src / "0.tar", "w") as tar:
@@ -645,6 +657,13 @@ def test_a_set_whose_source_is_away_is_not_called_damaged(published, tmp_path):
     with pytest.raises(data.UserError, match="is not a readable lmdb") as e:
         data.open_set("bedroom256", tmp_path)
     assert "rm -r" not in str(e.value)
+
+
+def test_an_lmdb_that_is_cut_short_is_one_line_and_no_bus_error(published, tmp_path):
+    src = published(lsun)
+    os.truncate(src / "data.mdb", os.path.getsize(src / "data.mdb") // 2)
+    with pytest.raises(data.UserError, match="is cut short: data.mdb has"):
+        opened("bedroom256", src, tmp_path)
 
 
 def test_an_error_in_a_loader_s_worker_is_one_line_too(published, tmp_path, capsys):

@@ -121,13 +121,14 @@ def main():
         sample.fail("--n is at least 1, --t one or two times from 0 to below 1")
     for path in args.ckpt:
         net, config = sample.load(path)
+        asked = questions(config, args.n)
         print(f"{path}, step {data.read_dict(path)['step']:,}: {config['prediction']}, {args.n} pictures, t from "
               f"{args.t[0]} to {args.t[-1]}")
-        for kind, pictures, right, wrong in questions(config, args.n):
+        for kind, pictures, right, wrong in asked:
             loss = mean_loss(net, config, pictures, right, (args.t[0], args.t[-1]))
             print(f"    {kind:20} {loss:.4f}")
-            for what, asked in wrong.items():
-                risen = mean_loss(net, config, pictures, asked, (args.t[0], args.t[-1]))
+            for what, instead in wrong.items():
+                risen = mean_loss(net, config, pictures, instead, (args.t[0], args.t[-1]))
                 print(f"    {what:>20} {risen - loss:+.4f}   x {risen / loss:.2f}")
 
 
