@@ -78,8 +78,8 @@ def run(main):
     except BrokenPipeError:                             # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as e:
-        alone = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
-        if alone or isinstance(e, (OSError, LocalError)):
+        first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
+        if first or isinstance(e, (OSError, LocalError)):
             text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a loader worker's
             tqdm.write("error: " + " ".join(text), file=sys.stderr)     # on a line of its own, below bars
         sys.exit(2)
