@@ -1338,6 +1338,9 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     there = os.listdir(folder) if os.path.isdir(folder) else []
     if ".lock" not in there and any(not name.startswith(".") for name in there):
         raise UserError(f"{folder} holds files, and no set: choose another name, or move them away")
+    if "text" in there:                                 # days of work, perhaps, so this is not for us to replace
+        raise UserError(f"{folder} holds features of captions that were there before: "
+                        f"{removal(Path(folder, 'text'))}, or move that away")
     try:
         with alone(folder):
             if read_meta(folder):                       # another process was first: is it what is asked for?
@@ -1361,7 +1364,6 @@ def convert(source, folder, about):
     for old in ("images.npy", "index.npy", "labels.npy", "captions.jsonl", "skipped.txt", "meta.json"):
         for path in (Path(folder, old), Path(folder, old + ".part")):
             path.unlink(missing_ok=True)
-    shutil.rmtree(Path(folder, "text"), ignore_errors=True)             # features of other captions
     S, skipped, index = source.size, source.skipped, source.index
     need = source.count * (3 * S * S + 8) if index is None else index.nbytes
     print(f"writing {source.count:,} pictures of {S}x{S} to {folder}: {need:,} bytes"

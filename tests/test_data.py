@@ -514,13 +514,14 @@ def test_leftovers_of_a_killed_prepare_are_replaced(tmp_path):
     assert data.open_set("shapes", tmp_path).captions is None
 
 
-def test_a_set_that_is_prepared_anew_has_no_features_of_its_old_captions(album, tmp_path):
-    folder = tmp_path / "sets/mine"
-    (folder / "text/words").mkdir(parents=True)
-    (folder / "text/words/tokens.npy").write_text("of other captions")
-    (folder / ".lock").touch()
-    data.prepare("mine", tmp_path / "sets", album("a.png"))
-    assert files_in(folder) == ["images.npy", "meta.json"]
+def test_features_of_captions_that_are_gone_are_neither_kept_nor_lost(album, tmp_path):
+    features = tmp_path / "sets/mine/text/words/tokens.npy"
+    features.parent.mkdir(parents=True)
+    features.write_text("of other captions")
+    (tmp_path / "sets/mine/.lock").touch()
+    with pytest.raises(data.UserError, match="features of captions that were there before: rm -r .*mine/text"):
+        data.prepare("mine", tmp_path / "sets", album("a.png"))
+    assert features.read_text() == "of other captions"
 
 
 @pytest.mark.parametrize("file", ["labels.npy", "captions.jsonl", "cat.png"])
