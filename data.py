@@ -1334,7 +1334,7 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     if "src" in row and src is None:
         raise not_there(name, data_dir) if name in BUILT_IN else UserError(
             f"which pictures? Name their folder with --src FOLDER: {row['src']}")
-    # a prepare that was killed leaves a lock, and all else in such a folder is replaced
+    # a prepare that was killed leaves a lock; what else it has left is replaced
     there = os.listdir(folder) if os.path.isdir(folder) else []
     if ".lock" not in there and any(not name.startswith(".") for name in there):
         raise UserError(f"{folder} holds files, and no set: choose another name, or move them away")

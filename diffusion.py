@@ -98,6 +98,7 @@ def on_clock(net, name):
 
 
 def translate(clock, net, args, kwargs):
+    """What the network of a clock is called with, from what a caller gives it (a forward pre-hook)."""
     if "t" in kwargs:
         return args, {**kwargs, "t": CLOCKS[clock](kwargs["t"])}
     return (args[0], CLOCKS[clock](args[1]), *args[2:]), kwargs

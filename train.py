@@ -55,7 +55,7 @@ class Config:
     data: str = "shapes"            # a built-in set, or a prepared one: see data.py
     cond: str = "none"              # none, class, text
     encoder: str = ""               # of the text: words, or the T5 of `data.py encode`; default: see data.find_encoder
-    flip: bool = None               # mirror half of the pictures; default: sets without captions, but not drawn ones
+    flip: bool = None               # mirror half of the pictures; default: as the set says, see data.py
     net: dict = dataclasses.field(default_factory=dict)     # the network's constructor arguments, as JSON
     # diffusion
     schedule: str = "linear"        # linear, cosine
@@ -150,8 +150,8 @@ PRESETS = {
 
     "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", prediction="eps",
                               net=dict(PYRAMID, resample="conv", text_dim=256)),
-    # of three seeds two learn, about half way, which word belongs to which object. What is above what is decided at
-    # higher noise: at shift 1.6, spread 0.4 it had that right in less than half of the pictures
+    # of three seeds two learn which word belongs to which object. What is above what is decided at higher noise: at
+    # shift 1.6, spread 0.4 it had that right in less than half of the pictures
     "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", time_shift=3.0, time_spread=0.6, steps=14_000,
                               sample_every=3500, net=dict(VIT, text_dim=256)),
     "ascend-shapes-text": dict(LAPTOP_TEXT, model="ascend", prediction="eps", time_shift=2.2,

@@ -541,7 +541,7 @@ def test_files_of_somebodys_own_are_not_taken_for_leftovers(file, tmp_path):
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: SimpleNamespace(free=92_399))
-    with pytest.raises(data.UserError, match="92,399 bytes free and .* needs 92,400 more: try --data-dir .* --limit"):
+    with pytest.raises(data.UserError, match="92,399 bytes free and .* needs 92,400 more: try --data-dir .* or --limit"):
         data.prepare("shapes", tmp_path, limit=30)
     assert files_in(tmp_path / "shapes") == []
 

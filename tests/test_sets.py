@@ -690,7 +690,8 @@ def captioned(tmp_path, monkeypatch):
 
 def encoded_files(pictures):
     folder = Path(pictures.folder, "text/words")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.name != ".lock"}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def own_captions(pictures, features, chosen):

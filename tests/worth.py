@@ -99,12 +99,14 @@ def mean_loss(net, config, pictures, asked, times):
     x0 = torch.from_numpy(pictures).float() / 127.5 - 1
     eps = torch.randn(x0.shape, generator=g)
     t = torch.linspace(*times, len(x0))[torch.randperm(len(x0), generator=g)]
+    if config["cond"] == "text":
+        rows = data.encode(data.load_encoder(config["encoder"]), asked)
     losses = []
     for part in torch.arange(len(x0)).split(64):
         if config["cond"] == "class":
             cond = [torch.from_numpy(asked[part.numpy()])]
         else:
-            features, mask = data.pad(data.encode(data.load_encoder(config["encoder"]), [asked[i] for i in part]))
+            features, mask = data.pad([rows[i] for i in part])
             cond = [features.float(), mask]
         losses.append(diffusion.loss(net, x0[part], t[part], eps[part], diffusion.SCHEDULES[config["schedule"]],
                                      config["prediction"], cond))
