@@ -2028,6 +2028,8 @@ def parse(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[args.command].error(f"there is no {' '.join(unknown)}")
+    if empty := [name for name, value in vars(args).items() if value == ""]:
+        raise UserError(f"{empty[0].replace('_', '-')} must not be empty")
     if getattr(args, "limit", None) is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     return args

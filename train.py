@@ -265,6 +265,8 @@ def parse(argv):
     fresh, dry_run = asked.pop("fresh"), asked.pop("dry_run")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         fresh = False                                   # torchrun replaces a rank that died, and the run is to go on
+    if fresh and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":            # restarts for another node are not counted
+        fail("--fresh on several nodes would start over whenever torchrun replaces a rank: move the old run yourself")
 
     if empty := [field for field, value in asked.items() if value == ""]:           # --init-from "$FORGOTTEN"
         fail(f"--{empty[0].replace('_', '-')} must not be empty")
@@ -632,18 +634,20 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 
 def listen_for_stops(worker=None):
-    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list that the first one enters, for the loop to look at; the
-    second kills. (No tensor, as torch.compile may be tracing just then.)
+    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list that the first one enters, for the loop to look at; a later
+    one kills. (No tensor, as torch.compile may be tracing just then.)
 
     Loader workers outlive the first one, too, since the step that training finishes may still need their batch."""
-    stops = []
+    stops = []                                          # when they came
 
     def remember(sig, _):
-        stops.append(sig)
-        signal.signal(sig, signal.SIG_DFL)
+        if stops and time.monotonic() - stops[0] > 3:   # until then it is the same one: a scheduler tells all processes
+            signal.signal(sig, signal.SIG_DFL)          # of a job, and torchrun, which is one of them, its own again
+            signal.raise_signal(sig)
+        stops.append(time.monotonic())
 
     for sig in STOPS:
-        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup: a closed terminal is nothing
+        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup (but torchrun passes it on)
             signal.signal(sig, remember)
     return stops
 
@@ -722,10 +726,13 @@ def main():
                             weight_decay=config.weight_decay, fused=True)
     start, seconds, skipped = resume(config, info, net, ema, opt)   # skipped: steps whose gradient was not finite
     if world > 1:
-        starts = [None] * world
-        dist.all_gather_object(starts, start)
+        found = [None] * world
+        dist.all_gather_object(found, (start, pictures.fingerprint))
+        starts, sets = zip(*found)
         if len(set(starts)) > 1:
-            fail(f"processes find {out} at different steps {starts}: all nodes must see the same --out")
+            fail(f"processes find {out} at different steps {list(starts)}: all nodes must see the same --out")
+        if len(set(sets)) > 1:
+            fail(f"processes find different pictures in {pictures.folder}: prepare it alike on all nodes")
     if main_rank and start < config.steps:
         print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
               f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
@@ -757,7 +764,7 @@ def main():
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
     # what this loader calls a sample is this process's share of batch number `step`, so it can begin anywhere
-    length = features.longest if compiled and features else 0       # PyTorch cannot compile texts of changing length
+    length = features.longest if compiled and features else 0       # PyTorch compiles no gradient of varying lengths
     shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, length)
     data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers have it
     batches = iter(torch.utils.data.DataLoader(
@@ -830,7 +837,7 @@ def main():
                 data.write_file(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
             saved = step
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
-            data.copy_file(out / "ckpt.pt", kept_file)
+            data.copy_file(out / "ckpt.pt", kept_file)          # no hard link, which a cp onto ckpt.pt would change
         sheet = out / f"samples/step_{step:07d}.png"                # of `start` there is none if its drawing was killed
         if step > 0 and (step % config.sample_every == 0 or last) and not (step == start and sheet.exists()):
             with precision:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import sys
 import tarfile
@@ -746,12 +747,13 @@ def test_export_overwrites_nothing(datasets, terminal, tmp_path):
     ("prepare shapes --data-dir a_file", "cannot prepare shapes"),
     ("export shapes", "arguments are required: --out"),
     ("export shapes --out pngs --limit -1", "--limit must be at least 1, not -1"),
+    ("prepare shapes --data-dir ''", "data-dir must not be empty"),
 ])
 def test_a_mistake_is_answered_with_one_line_and_exit_code_2(line, says, terminal, monkeypatch):
     monkeypatch.setattr(data, "SHAPE_COUNT", 8)
     Path("a_file").touch()
     Path("cut.zip").write_bytes(b"PK")
-    code, _, complaint = terminal(*line.split())
+    code, _, complaint = terminal(*shlex.split(line))
     assert code == 2 and says in complaint, f"exit code {code}: {complaint}"
     assert complaint.startswith("error: ") and complaint.count("\n") == 1, complaint
 

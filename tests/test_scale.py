@@ -1,8 +1,11 @@
 """What can happen to a long run on many machines: processes that die, nodes that join, disks that fill up."""
+import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +97,36 @@ def test_two_nodes_have_the_loss_curve_of_two_processes_and_must_see_one_folder(
     assert 0 not in codes
     for text in printed:
         assert "at different steps [3, 0]: all nodes must see the same --out" in text, text
+    command("data.py", "prepare", "shapes", "--limit", 100, "--data-dir", tmp_path)
+    printed, codes = nodes(["--out", "new"], ["--out", "new", "--data-dir", tmp_path])
+    assert 0 not in codes
+    for text in printed:
+        assert "different pictures in" in text and "prepare it alike on all nodes" in text, text
+
+
+def descendants(pid):
+    """A process and all that it has started, as a scheduler finds them, the first one first."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):                                      # it has ended meanwhile
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
+def test_a_job_of_which_a_scheduler_tells_every_process_to_stop_saves(datasets, tmp_path):
+    """torchrun passes on what the processes have been told already: the second signal must not kill."""
+    argv = [*flags_of("uvit", datasets, "run"), "--steps", 10**6, "--workers", 1]
+    run = torchrun("--standalone", "--nproc_per_node=2", "--", ROOT / "train.py", *argv, cwd=tmp_path)
+    while run.poll() is None and not (tmp_path / "run" / "log.csv").exists():
+        time.sleep(0.01)
+    for process in descendants(run.pid):
+        os.kill(process, signal.SIGTERM)
+    printed = run.communicate(timeout=60)[0]
+    assert "the same command resumes" in printed, printed
+    assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == column("step", tmp_path / "run")[-1]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(datasets, tmp_path):

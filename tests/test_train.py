@@ -318,6 +318,14 @@ def test_fresh_moves_nothing_that_is_no_run(trained):
     assert before.items() <= contents("runs").items() and not Path("runs-old1").exists()
 
 
+def test_fresh_is_refused_on_several_nodes_whose_restarts_torchrun_does_not_count(trained, monkeypatch):
+    trained()
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(data.UserError, match="move the old run yourself"):
+        trained("--fresh")
+    assert column("step") == [1, 2] and not Path("run-old1").exists()
+
+
 def test_fresh_does_not_move_the_weights_that_it_is_to_start_from(trained):
     trained()
     before = contents()
