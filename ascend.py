@@ -16,6 +16,7 @@ A name that two files of backbones share is the same code in both, so that each 
 ResBlock, for one, is unet.py's, though nothing here resamples inside of it.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
 L tokens of a text.
+Needs torch and einops alone. MIT licence, (c) 2026 the maintainers.
 """
 import math
 
@@ -59,10 +60,9 @@ def relative_index(w):
 def shift_mask(size, w, shift):
     """(number of windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of
     the map, -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
-    # Along one axis, after rolling by -shift, what came from the start of the map is at its end. Only the last window
-    # holds both kinds.
+    # Along one axis, rolling by -shift brings the start of the map to its end: only the last window holds both.
     wrapped = torch.arange(size) >= size - shift
-    part = rearrange(2 * wrapped[:, None] + 1 * wrapped, "(a i) (b j) -> (a b) (i j)", i=w, j=w)
+    part = rearrange(2 * wrapped[:, None] + wrapped, "(a i) (b j) -> (a b) (i j)", i=w, j=w)
     same = part[:, :, None] == part[:, None, :]
     return torch.zeros(same.shape).masked_fill(~same, -math.inf)
 
@@ -71,8 +71,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (Swin's does), and
-    without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
+    By PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (only Swin's, in
+    ascend.py, does), and without a mask in bfloat16 their gradient takes two to four times as long as the formula's."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
@@ -84,7 +84,7 @@ def attend(q, k, v, mask=None):
 class WindowAttention(nn.Module):
     """Self-attention within windows of w x w positions, with a learned bias for each relative position.
 
-    With shift, the windows lie w/2 further right and down, so that knowledge crosses the borders of the plain ones.
+    With shift, the windows lie w/2 further right and down, so that information crosses the borders of the others.
     The windows of one picture stand beside the heads, (windows * heads), so that one attention call with
     one bias does them all."""
 
@@ -197,7 +197,7 @@ class ResBlock(Timed):
         super().__init__()
         self.out_channels = out_channels
         self.norm1 = GroupNorm(in_channels)
-        self.resize = dict(up=nn.Upsample(scale_factor=2), down=nn.AvgPool2d(2)).get(resample, nn.Identity())
+        self.resize = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, 2 * out_channels)
         self.norm2 = GroupNorm(out_channels)
@@ -233,7 +233,7 @@ class SpatialAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding is never read."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding weighs nothing."""
 
     def __init__(self, dim, heads, text_dim):
         super().__init__()
@@ -345,7 +345,7 @@ class ASCEND(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # blocks a level (the decoder has one more)
-                 attn_sizes=(16, 8),        # map sizes where global attention follows each block; the middle always has
+                 attn_sizes=(16, 8),        # map sizes with global attention after each block; the middle always has it
                  head_dim=64,               # channels per attention head
                  window=8,                  # side of a window; smaller maps are one window
                  encoder="swin",            # blocks of the encoder, 'swin' or 'conv': the ResBlocks of a U-Net
@@ -383,9 +383,10 @@ class ASCEND(nn.Module):
         # embeddings
         self.dim, self.img_size = dim, img_size
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
-        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # LN assumed
-        self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False)) \
-            if text_dim else None
+        self.text_embed = self.text_pool = None
+        if text_dim:
+            self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E))        # the norm is assumed
+            self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder
@@ -423,8 +424,8 @@ class ASCEND(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: if it has
-        none, a GPU's bfloat16 kernel reads the padding."""
+        mask (B, L) bool is False are padding, any finite numbers (no mask: none is). Every text needs a real
+        token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.img_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"

@@ -1,5 +1,4 @@
-"""Gaussian diffusion in continuous time: schedules, clocks, the loss, guidance, time grids, three samplers; and, at the
-end, the device and the precision in which networks run.
+"""Gaussian diffusion in continuous time: schedules, clocks, the loss, guidance, time grids, three samplers.
 
     forward    x_t = alpha(t) x_0 + sigma(t) eps,   eps ~ N(0, I),   alpha^2 + sigma^2 = 1     (from Eq. 1)
     learn      net(x_t, t, *cond) ~ eps   (or v = alpha eps - sigma x_0)                            (Eq. 4-5)
@@ -9,19 +8,20 @@ Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1]; the pap
 t = 1/1000 .. 1. Apart from the clocks, this file never knows which network it has, nor what its condition is: any
 f(x, t, *cond) of the right shape will do, where cond is the tuple of what the network takes beside x and t: () for
 nothing, (y,) for classes, (features, mask) for text.
+
+Needs torch alone. MIT licence, (c) 2026 the maintainers.
 """
-import contextlib
 import functools
 import math
-import os
 
 import torch
 
 
 # ---- schedules ---------------------------------------------------------------------------------------
-# A schedule is alpha(t), sigma(t) and lam(t) = log(alpha / sigma), half the log signal-to-noise ratio,
-# for t a Python float or a tensor of any shape. Python floats are float64 everywhere, also on devices
-# that have no float64 tensors; samplers pass only those.
+# A schedule has alpha(t) and sigma(t), alpha^2 + sigma^2 = 1, from the picture at t = 0 to noise at t = 1, for t a
+# Python float or a tensor of any shape. For the samplers it also has t_max, where alpha is not yet 0,
+# lam(t) = log(alpha / sigma), half the log signal-to-noise ratio, and the inverse t_of_lam(lam). They pass Python
+# floats, which are float64 everywhere, also on devices that have no float64 tensors.
 
 def math_of(t):
     return torch if torch.is_tensor(t) else math        # both have exp, expm1, log, sqrt, sin and cos
@@ -80,8 +80,8 @@ SCHEDULES = dict(linear=Linear(), cosine=Cosine())
 
 
 # ---- clocks ------------------------------------------------------------------------------------------
-# Networks trained elsewhere count time in their own way. A network multiplies its t by 1000 to come to T = 1000
-# steps; a clock turns the t of this file, at which a picture has noise sigma(t), into the t which that network expects.
+# Networks trained elsewhere count time in their own way. All multiply their t by 1000, to come to T = 1000 steps; a
+# clock turns the t of this file, at which a picture has noise sigma(t), into the t that such a network has learnt.
 
 CLOCKS = dict(
     plain=lambda t: t,                                  # ours: steps 1 .. 1000 are t = 1/1000 .. 1
@@ -123,6 +123,7 @@ def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
     x0, eps (B, C, H, W), t (B,), cond tensors of B rows. prediction 'v' is Salimans & Ho's target
     (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma): unlike eps it also asks for
     x_0 where x_t is all noise, so it learns layout much sooner."""
+    assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     target = eps if prediction == "eps" else alpha * eps - sigma * x0
     out = net(alpha * x0 + sigma * eps, t, *cond)
@@ -146,12 +147,16 @@ def clip_x0(x0, how):
 def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip="static", cond_fn=None, cond_scale=1.0):
     """denoise(x, t) -> x0 for the samplers below: x (B, C, H, W), t a float, x0 like x.
 
-    cond, null: condition and null condition of the batch, of equal shapes. scale: classifier-free guidance,
+    cond, null: tuples of tensors, the condition and the null condition of the batch, equal in number and shapes: the
+    null class, or features and mask of the empty text. scale: classifier-free guidance,
         out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
+    clip: see clip_x0; 'none' for what is no picture in [-1, 1], such as an autoencoder's latents.
     cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
     It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means. (For
     notebooks: no command here has such a classifier.)"""
+    assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
+    assert scale == 1 or len(cond) == len(null), "guidance needs a null condition of as many tensors as cond has"
     both = [torch.cat(pair) for pair in zip(cond, null)]
 
     def predict(x, t):
@@ -174,7 +179,7 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     return denoise
 
 
-# ---- time grids: decreasing lists of floats from t_max to 0 --------------------------------------------
+# ---- time grids: `steps` times, decreasing from t_max, and 0 --------------------------------------------
 
 T_MIN = 1e-3        # the last step goes from here straight to 0; sigma here is 0.01 (cosine: 0.006), one grey level
 
@@ -196,7 +201,7 @@ def logsnr_times(schedule, steps):
 # ---- samplers: denoise(x, t) -> x0, a start x ~ N(0, I), a grid of times that ends in 0 -------------------
 
 def carry(x, x0, t, s, schedule):
-    """Carry x from time t to s, holding x0 and the noise that it implies fixed."""
+    """Carry x from time t > 0 to s, holding x0 and the noise that it implies fixed."""
     eps = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
     return schedule.alpha(s) * x0 + schedule.sigma(s) * eps
 
@@ -208,10 +213,9 @@ def em(denoise, x, times, schedule, noise):
     picture.
 
     First order, so its error falls only as 1 / steps. Each step replaces the part beta (below) of x's variance by fresh
-    noise, and holds the score meanwhile, so beta must be small where x is more than noise: on the linear schedule it is
-    0.4 at t = 0.5 in 20 steps, and 0.01 in the paper's 1000. (Near t = 1, where x is all noise, it may be large: that
-    spoils the variance a little, which later steps forget.) Fresh noise has a use: it mends what the network did wrong
-    before."""
+    noise, and holds the score meanwhile. So beta must be small, except near t = 1, where x is all noise anyway: on the
+    linear schedule at t = 0.5 it is 0.4 in 20 steps, and 0.01 in the paper's 1000. Fresh noise has a use: it mends what
+    the network did wrong before."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
@@ -254,11 +258,11 @@ SAMPLERS = dict(em=(em, uniform_times), ddim=(ddim, logsnr_times), dpm=(dpm, log
 
 
 class ImageNoise:
-    """One CPU generator per image: noise() -> (B, C, H, W) on `device`, where row i depends on seeds[i] alone,
-    not on the batch it is in, the device or the number of processes."""
+    """One CPU generator per image: noise() -> (B, C, H, W) on `device`, other noise with each call. Row i depends on
+    seeds[i] alone, not on the batch it is in, the device or the number of processes."""
 
     def __init__(self, seeds, shape, device="cpu"):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.shape, self.device = shape, device
 
     def __call__(self):
@@ -273,51 +277,3 @@ def sample(denoise, noise, schedule, sampler="dpm", steps=20):
     """Pictures (B, C, H, W), about in [-1, 1], from a denoiser and an ImageNoise."""
     walk, grid = SAMPLERS[sampler]
     return walk(denoise, noise(), grid(schedule, steps), schedule, noise)
-
-
-# ---- where and how precisely to compute -----------------------------------------------------------------
-
-def pick_device(name):
-    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. OSError if what is
-    asked for by name, or a GPU for this process, is not here."""
-    present = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    here = [device for device in present if present[device]]
-    if name == "auto":
-        name = here[0]
-    if name not in here:
-        raise OSError(f"there is no {name} on this machine that PyTorch can use; there is {', '.join(here)}")
-    if name == "cuda":
-        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local >= count > 1:
-            raise OSError(f"process {local} of this machine has no GPU of its own: there are {count}")
-        name = f"cuda:{local % count}"                          # a scheduler may show each process its own GPU alone
-        torch.cuda.set_device(name)
-    return torch.device(name)
-
-
-def fast_bfloat16(device):
-    """Whether the device multiplies bfloat16 faster than float32: NVIDIA's GPUs since Ampere do, and CPUs with AMX
-    tiles, or with AVX512-BF16 if they are AMD's (on Intel's, without AMX, it was the slower type)."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",
-                                                                       "_is_avx512_bf16_supported"))
-    if amx or not avx or not os.path.exists("/proc/cpuinfo"):
-        return amx
-    with open("/proc/cpuinfo") as f:
-        return "AuthenticAMD" in f.read()
-
-
-def autocast(device, dtype):
-    """The context in which networks run: bfloat16 where asked, or by 'auto' where the device multiplies it fast.
-    Schedules, losses and samplers stay in float32. On a CPU it also chooses, for the whole process, how attention is
-    computed."""
-    if dtype == "float32" or (dtype == "auto" and not fast_bfloat16(device)):
-        return contextlib.nullcontext()
-    if device.type == "cpu":
-        # despite the names these also choose the CPU's attention: two matrix products and a softmax, all in bf16, take
-        # half the time of its flash kernel, or of the same in float32, forwards and backwards. (What the backbones'
-        # attend computes by its formula, to train without a mask, passes by all this and is faster still.)
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    return torch.autocast(device.type, torch.bfloat16)

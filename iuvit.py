@@ -1,8 +1,8 @@
 """IU-ViT, the paper's improved U-ViT (arXiv 2212.13771, Sec. 4): a plain Vision Transformer with long skips.
 `diff uvit.py iuvit.py` lists the improvements, the paper's but for details marked (assumed):
 
-    1  a rearrange-first head, which starts at 0    head="linear" takes it back
-       (the start: assumed)
+    1  a rearrange-first head                       head="linear" takes it back
+       (that it starts at 0 is assumed)
     2  a depth-wise convolution in the FFN          ffn="mlp" takes it back
     3  text has a cross-attention of its own,       text_attn="concat" has GLIDE's joint attention instead, with which
        instead of being in the sequence             the paper compares
@@ -24,6 +24,7 @@ What comes with 3: a text may have any length, and its tokens have no learnt pla
     eps (3, 32, 32) <- 3x3 conv <- (D/p^2, 32, 32) <- rearrange the tokens themselves: "rearrange first"
 
 Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width, L tokens of a text.
+Needs torch and einops alone. MIT licence, (c) 2026 the maintainers.
 """
 import math
 
@@ -54,8 +55,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (Swin's does), and
-    without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
+    By PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (only Swin's, in
+    ascend.py, does), and without a mask in bfloat16 their gradient takes two to four times as long as the formula's."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
@@ -81,7 +82,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding is never read."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding weighs nothing."""
 
     def __init__(self, dim, heads, text_dim):
         super().__init__()
@@ -209,9 +210,10 @@ class IUViT(nn.Module):
         self.extras = bool(num_classes) + 1                                 # tokens before the patches
         self.patch_embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
-        self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim)) if text_dim else None
-        self.text_pool = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim, bias=False)) \
-            if text_dim else None
+        self.text_embed = self.text_pool = None
+        if text_dim:
+            self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
+            self.text_pool = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
 
@@ -232,7 +234,7 @@ class IUViT(nn.Module):
 
     def init_weights(self):
         """nn.Linear          normal, std 0.02; bias 0
-        pos_embed          normal, std 0.02            (trunc_normal_ cuts at 2, a hundred std away: never)
+        pos_embed          normal, std 0.02   (by trunc_normal_, as published, whose cut at 2 is a hundred std away)
         head               0, so the first prediction is 0 and the first loss is E|target|^2, 1 for eps (assumed);
                            linear-first as published: of two layers in a row that start near zero neither learns fast
         everything else    as PyTorch has it, as in U-ViT"""
@@ -250,8 +252,8 @@ class IUViT(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: if it has
-        none, a GPU's bfloat16 kernel reads the padding."""
+        mask (B, L) bool is False are padding, any finite numbers (no mask: none is). Every text needs a real
+        token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"

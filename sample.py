@@ -45,6 +45,55 @@ def fail(message):
     raise data.UserError(message)
 
 
+# ---- where and how precisely to compute -----------------------------------------------------------------
+
+def pick_device(name):
+    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. OSError if what is
+    asked for by name, or a GPU for this process, is not here."""
+    present = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    here = [device for device in present if present[device]]
+    if name == "auto":
+        name = here[0]
+    if name not in here:
+        raise OSError(f"there is no {name} on this machine that PyTorch can use; there is {', '.join(here)}")
+    if name == "cuda":
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count > 1:
+            raise OSError(f"process {local} of this machine has no GPU of its own: there are {count}")
+        name = f"cuda:{local % count}"                          # a scheduler may show each process its own GPU alone
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def fast_bfloat16(device):
+    """Whether the device multiplies bfloat16 faster than float32: NVIDIA's GPUs since Ampere do, and CPUs with AMX
+    tiles, or with AVX512-BF16 if they are AMD's (on Intel's, without AMX, it was the slower type)."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",
+                                                                       "_is_avx512_bf16_supported"))
+    if amx or not avx or not os.path.exists("/proc/cpuinfo"):
+        return amx
+    with open("/proc/cpuinfo") as f:
+        return "AuthenticAMD" in f.read()
+
+
+def autocast(device, dtype):
+    """The context in which networks run: 'bfloat16' where asked, or by 'auto' where the device multiplies it fast, or
+    else 'float32'. Schedules, losses and samplers stay in float32. On a CPU it also chooses, for the whole process, how
+    attention is computed (and turns off flash attention, on a GPU too)."""
+    assert dtype in ("auto", "float32", "bfloat16"), f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}"
+    if dtype == "float32" or (dtype == "auto" and not fast_bfloat16(device)):
+        return contextlib.nullcontext()
+    if device.type == "cpu":
+        # despite their names these also choose the CPU's attention: two matrix products and a softmax, all in bfloat16,
+        # take half the time of its flash kernel, or of the same in float32, forwards and backwards. (Training without a
+        # mask does not come here, and is faster still: see attend in the backbones.)
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    return torch.autocast(device.type, torch.bfloat16)
+
+
 # ---- a checkpoint ---------------------------------------------------------------------------------------------
 
 # what these fields of a config may hold; also the choices of train.py's flags
@@ -537,7 +586,7 @@ def tell_score(pictures, asked, kinds, how):
 def main():
     args = parse(sys.argv[1:])
     rank, world = data.processes()
-    device = diffusion.pick_device(args.device)
+    device = pick_device(args.device)
     if world > 1:
         # only finished pictures travel, for which rank 0 may have to wait as long as another one draws
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
@@ -578,7 +627,7 @@ def main():
     blocks = [(scale, range(args.n)[first:first + args.batch])
               for scale in args.cfg for first in range(0, args.n, args.batch)]
     drawn = {}
-    with diffusion.autocast(device, args.dtype), errors_in_a_line(args.batch):
+    with autocast(device, args.dtype), errors_in_a_line(args.batch):
         for scale, ids in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             if folder and all(file_of(out, i).exists() for i in ids):
                 continue                                                # drawn before the command was stopped

@@ -684,12 +684,12 @@ def main():
     if config.batch % unit:
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
-    device = diffusion.pick_device(config.device)
+    device = sample.pick_device(config.device)
     store = join(config, device) if world > 1 else None
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
     torch.backends.cudnn.benchmark = True                           # convolutions see few shapes
-    precision = diffusion.autocast(device, config.dtype)
+    precision = sample.autocast(device, config.dtype)
 
     # network. `net` is the raw module: it is what is saved and averaged
     out = Path(config.out)

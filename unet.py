@@ -10,6 +10,7 @@ arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
 Time (and class, and the mean of a text) enter every ResBlock as a scale and a shift of its second group norm; a text
 is also read word by word, by cross-attention after each Attn.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), L tokens of a text.
+Needs torch and einops alone. MIT licence, (c) 2026 the maintainers.
 """
 import math
 
@@ -86,7 +87,7 @@ class ResBlock(Timed):
         super().__init__()
         self.out_channels = out_channels
         self.norm1 = GroupNorm(in_channels)
-        self.resize = dict(up=nn.Upsample(scale_factor=2), down=nn.AvgPool2d(2)).get(resample, nn.Identity())
+        self.resize = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, 2 * out_channels)
         self.norm2 = GroupNorm(out_channels)
@@ -106,8 +107,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (Swin's does), and
-    without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
+    By PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (only Swin's, in
+    ascend.py, does), and without a mask in bfloat16 their gradient takes two to four times as long as the formula's."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
@@ -136,7 +137,7 @@ class SpatialAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding is never read."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding weighs nothing."""
 
     def __init__(self, dim, heads, text_dim):
         super().__init__()
@@ -215,7 +216,7 @@ class UNet(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # ResBlocks a level (the decoder has one more)
-                 attn_sizes=(16,),          # map sizes where attention follows each ResBlock; the middle always has
+                 attn_sizes=(16,),          # map sizes with attention after each ResBlock; the middle always has it
                  head_dim=64,               # channels per attention head
                  resample="resblock",       # 'resblock' (ADM, BigGAN) or 'conv' (DDPM)
                  dropout=0.1,
@@ -243,9 +244,10 @@ class UNet(nn.Module):
 
         # embeddings
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
-        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E)) if text_dim else None  # LN assumed
-        self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False)) \
-            if text_dim else None
+        self.text_embed = self.text_pool = None
+        if text_dim:
+            self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E))        # the norm is assumed
+            self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder
@@ -263,7 +265,7 @@ class UNet(nn.Module):
         self.middle = Layer(res(C, C), *attention(C), res(C, C))
 
         # decoder: one layer for each skip (widths are the encoder's). The last layer of a level has as its skip what
-        # came down to this level, the output of the down before it (at full size, of the first conv)
+        # came into this level: the output of the down above it, or of the first conv
         widths = [layer.out_channels for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
@@ -284,8 +286,8 @@ class UNet(nn.Module):
         img_size passes, if it halves evenly: attention stays at the same levels.
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is). Every text needs a real token: if it has
-        none, a GPU's bfloat16 kernel reads the padding."""
+        mask (B, L) bool is False are padding, any finite numbers (no mask: none is). Every text needs a real
+        token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert not any(side % self.unit for side in x.shape[2:]), \

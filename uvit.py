@@ -13,6 +13,7 @@ weights that U-ViT's authors have published.
     eps (3, 32, 32) <- 3x3 conv <- (3, 32, 32) <- linear D -> p*p*3, rearrange to the image: "linear first"
 
 Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width, L tokens of a text.
+Needs torch and einops alone. MIT licence, (c) 2026 the maintainers.
 """
 import math
 
@@ -37,8 +38,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
     to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
 
-    PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (Swin's does), and
-    without a mask in bfloat16 their gradient takes two to four times as long as that of the formula."""
+    By PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (only Swin's, in
+    ascend.py, does), and without a mask in bfloat16 their gradient takes two to four times as long as the formula's."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
@@ -139,7 +140,7 @@ class UViT(nn.Module):
 
     def init_weights(self):
         """nn.Linear          normal, std 0.02; bias 0
-        pos_embed          normal, std 0.02            (trunc_normal_ cuts at 2, a hundred std away: never)
+        pos_embed          normal, std 0.02   (by trunc_normal_, as published, whose cut at 2 is a hundred std away)
         everything else    as PyTorch has it, as published"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
@@ -152,7 +153,7 @@ class UViT(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding (no mask: none is)."""
+        mask (B, L) bool is False are padding, any finite numbers (no mask: none is)."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"

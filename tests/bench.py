@@ -29,6 +29,7 @@ import torch
 
 import data
 import diffusion
+import sample
 import train
 
 MODES = ["eager", "compiled", "grad-ckpt"]
@@ -61,10 +62,10 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
     config, _, _ = train.parse(["--preset", preset, *argv])
     info = data.describe(config.data, config.data_dir)
     params, flops = train.measure(config, info)
-    device = diffusion.pick_device(config.device)
+    device = sample.pick_device(config.device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    precision = diffusion.autocast(device, dtype)
+    precision = sample.autocast(device, dtype)
     S = info["size"]
     net = train.build(config, info).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False).eval()

@@ -21,6 +21,7 @@ import torch
 
 import data
 import diffusion
+import sample
 import train
 from test_models import MODELS, awake
 
@@ -68,7 +69,7 @@ def waits(sampler, device):
 
 
 def main():
-    device = diffusion.pick_device("cuda")
+    device = sample.pick_device("cuda")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     good = True

@@ -1,7 +1,6 @@
 """Schedules, loss, guidance and samplers, against data for which every answer is known in closed form.
 
 Pictures are of one pixel here, (N, 1, 1, 1): the N rows are N draws of a number, and its distribution is the test."""
-import io
 import math
 
 import pytest
@@ -381,17 +380,3 @@ def test_noise_differs_between_images_and_between_calls():
 def test_fifty_thousand_images_have_as_many_seeds():
     for seed in range(20):                              # hashes to 32 bits would collide in one set of four
         assert len(set(data.image_seeds(seed, range(50_000)))) == 50_000, f"of seed {seed}"
-
-
-# ---- precision ---------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("amx, avx, vendor, fast", [
-    (True, True, "GenuineIntel", True), (False, True, "GenuineIntel", False), (False, True, "AuthenticAMD", True),
-    (False, False, "AuthenticAMD", False)])
-def test_auto_is_bfloat16_on_cpus_that_multiply_it_fast(amx, avx, vendor, fast, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
-    monkeypatch.setattr(diffusion.os.path, "exists", lambda path: True)
-    monkeypatch.setattr(diffusion, "open", lambda path: io.StringIO(f"vendor_id : {vendor}"), raising=False)
-    assert diffusion.fast_bfloat16(torch.device("cpu")) == fast
-    assert not diffusion.fast_bfloat16(torch.device("mps"))

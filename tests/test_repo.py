@@ -228,8 +228,10 @@ def test_what_the_readme_says_of_copied_files_runs(tmp_path):
     small = "import functools, iuvit; iuvit.IUViT = functools.partial(iuvit.IUViT, dim=32, depth=3, heads=2)"
     given = "import torch; x0, y = torch.rand(2, 3, 32, 32), torch.tensor([3, 7])"
     seen = "assert torch.allclose(alpha.flatten(), diffusion.Linear().alpha(t)) and loss > 0; print(*x.shape)"
-    code = "\n".join(["import sys; sys.path.insert(0, '.')", small, given, *blocks[train_step:train_step + 2], seen])
-    assert isolated("-c", code, cwd=tmp_path) == "4 3 32 32\n"
+    text = "assert loss > 0; print(*denoise(x0, 0.5).shape)"
+    first, second, third = blocks[train_step:train_step + 3]
+    code = "\n".join(["import sys; sys.path.insert(0, '.')", small, given, first, second, seen, third, text])
+    assert isolated("-c", code, cwd=tmp_path) == "4 3 32 32\n2 3 32 32\n"
 
 
 def test_every_file_the_readme_shows_exists():

@@ -1,4 +1,5 @@
 """sample.py: pictures from a checkpoint alone, the same however they are computed."""
+import io
 import os
 import subprocess
 import sys
@@ -323,3 +324,17 @@ def test_a_folder_without_permission_is_known_before_anything_is_drawn(drawn, mo
     monkeypatch.setattr(sample, "draw", lambda *args: pytest.fail("it draws"))
     with pytest.raises(data.UserError, match="no permission to write into closed"):
         drawn(flag, "closed/pictures" + (".png" if flag == "--out" else ".npz"))
+
+
+# ---- precision -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("amx, avx, vendor, fast", [
+    (True, True, "GenuineIntel", True), (False, True, "GenuineIntel", False), (False, True, "AuthenticAMD", True),
+    (False, False, "AuthenticAMD", False)])
+def test_auto_is_bfloat16_on_cpus_that_multiply_it_fast(amx, avx, vendor, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
+    monkeypatch.setattr(sample.os.path, "exists", lambda path: True)
+    monkeypatch.setattr(sample, "open", lambda path: io.StringIO(f"vendor_id : {vendor}"), raising=False)
+    assert sample.fast_bfloat16(torch.device("cpu")) == fast
+    assert not sample.fast_bfloat16(torch.device("mps"))

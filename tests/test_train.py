@@ -699,7 +699,7 @@ def test_compile_is_asked_for_on_a_cpu_and_only_single_passes_become_cuda_graphs
 
 def test_device_names_where_to_train(trained, monkeypatch):
     asked = []
-    monkeypatch.setattr(diffusion, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(train.sample, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
     trained("--device", "mps")
     assert asked == ["mps"]
 
