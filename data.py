@@ -1,4 +1,4 @@
-"""Data sets, from where their pictures are to the batches a training step takes.
+"""Data sets: from pictures, wherever they are, to the batches of a training step.
 
     python data.py prepare shapes                        a built-in set: drawn here, no download
     python data.py prepare cats --src ~/cats --size 64   a set of your own: any folder of pictures
@@ -8,16 +8,16 @@
     python data.py encode cats --encoder words           captions become what a text-conditional network reads
 
 A data set is three things: where the pictures are, how they become squares, and their labels or captions. For each kind
-of set one function says so, in a Source. `prepare` reads the Source once and writes
+of set one function returns these as a Source. `prepare` reads the Source once and writes
 
     datasets/NAME/images.npy       uint8 (N, 3, S, S), memory-mapped afterwards
                   labels.npy       int64 (N,), if the set has classes
-                  captions.jsonl   one JSON list of strings a picture, if it has captions
+                  captions.jsonl   one JSON list of strings per picture, if the set has captions
                   skipped.txt      files that could not be read, and why, if there are any
                   meta.json        written last: if it is there, the set is complete
 
-and nothing after that knows any more what kind of set it was. Sets of millions, in tar shards or an lmdb, stay where
-they are: index.npy says where each picture lies, in place of images.npy. Shape letters: N pictures, B pictures of a
+and nothing after that needs to know what kind of set it was. Sets of millions, in tar shards or an lmdb, stay where
+they are: instead of images.npy, index.npy says where each picture lies. Shape letters: N pictures, B pictures of a
 batch, S pixels a side; 3 is always red, green, blue.
 """
 import argparse
@@ -62,17 +62,17 @@ class UserError(Exception):
 
 
 class LocalError(UserError):
-    """One that a process may meet alone (a damaged shard, a full GPU), so that each tells of it; of others only the
-    first of a machine does."""
+    """A mistake that one process may meet alone (a damaged shard, a full GPU). Every process reports its own; any other
+    UserError is reported only by the first process of each machine."""
 
 
 def run(main):
-    """main(), but a UserError, or a disk that refuses, becomes one line and exit code 2 instead of a traceback."""
+    """main(), but a UserError or OSError ends in one line and exit code 2 instead of a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")   # file names need not be valid text
     try:
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:                           # where nothing is in danger: train.py has its own way
+    except KeyboardInterrupt:                           # nothing is lost here; train.py handles signals itself
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                             # `... | head` has read enough
@@ -81,12 +81,12 @@ def run(main):
         first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
         if first or isinstance(e, (OSError, LocalError)):
             text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a loader worker's
-            tqdm.write("error: " + " ".join(text), file=sys.stderr)     # on a line of its own, below bars
+            tqdm.write("error: " + " ".join(text), file=sys.stderr)     # on a line of its own, below progress bars
         sys.exit(2)
 
 
 def processes():
-    """(rank, world): the number of this process and how many there are, as torchrun says; (0, 1) without it."""
+    """(rank, world): the number of this process and how many there are, as torchrun sets them; (0, 1) without it."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise LocalError(f"the environment's RANK {rank!r} of WORLD_SIZE {world!r} makes no sense; torchrun sets them")
@@ -98,10 +98,10 @@ def processes():
 
 
 def write_file(path, write):
-    """write(f) fills a new binary file, which appears at path complete or not at all."""
+    """Write a binary file with write(f). It appears at path complete or not at all."""
     part = f"{path}.part"
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"cannot write {path}: it is no ordinary file")       # a replaced /dev/null would be missed
+        raise OSError(f"cannot write {path}: it is no ordinary file")       # /dev/null, say, must not be replaced
     try:
         with open(part, "wb") as f:
             write(f)
@@ -111,7 +111,7 @@ def write_file(path, write):
     except BaseException as e:                          # also Ctrl-C
         with contextlib.suppress(OSError):
             os.unlink(part)
-        if isinstance(e, RuntimeError):                 # torch.save's, of what went wrong before
+        if isinstance(e, RuntimeError):                 # torch.save's: the cause is in its context
             e = e.__context__ or e
         if isinstance(e, (OSError, RuntimeError)):
             raise OSError(f"cannot write {path}: {e}")
@@ -119,19 +119,19 @@ def write_file(path, write):
 
 
 def copy_file(path, to):
-    """A copy that appears complete or not at all."""
+    """Copy a file. The copy appears complete or not at all."""
     with open(path, "rb") as f:
         write_file(to, lambda copy: shutil.copyfileobj(f, copy))
 
 
 def npy_header(f, kind, *shape):
-    """Begin a .npy file whose rows are written as they come. numpy pads it, so that it can be written once more over
-    the old one when their number is known."""
+    """Write the header of a .npy file whose rows follow one by one. numpy pads it, so a second one can overwrite it
+    when the number of rows is known."""
     np.lib.format.write_array_header_1_0(f, dict(descr=kind, fortran_order=False, shape=shape))
 
 
 def check_room(folder, need, advice):
-    """UserError if the disk of a folder has less than so many bytes free."""
+    """UserError if the disk of a folder has fewer than `need` bytes free."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try {advice}")
@@ -143,8 +143,8 @@ def removal(folder):
 
 
 def lock(f, wait=False):
-    """Lock an open file for this process, until it closes it or ends. False if another one has it and this one does not
-    wait. Where files cannot be locked (Windows, some network disks) all are told True."""
+    """Lock an open file until this process closes it or ends. False if another process holds the lock and this one does
+    not wait. Where files cannot be locked (Windows, some network disks), every process gets True."""
     try:
         import fcntl                                    # lockf, since loader workers would inherit flock's lock
         fcntl.lockf(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,8 +157,8 @@ def lock(f, wait=False):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Make a folder, and hold it: a second process that wants it waits here for the first. Its lock file stays: others
-    may be waiting for this very file."""
+    """Make a folder and lock it: a second process waits here for the first. The lock file is never removed, because
+    others may be waiting for it."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "a") as f:
         if not lock(f):
@@ -168,22 +168,22 @@ def alone(folder):
 
 
 def read_dict(path):
-    """The dict in a file of torch.save, its tensors on the CPU. Loading it runs no code in it."""
+    """The dict in a file of torch.save, its tensors on the CPU. Loading runs no code from the file."""
     try:
-        if zipfile.is_zipfile(path):                    # torch.load itself does not look at the checksums
+        if zipfile.is_zipfile(path):                    # torch.load itself does not verify checksums
             with zipfile.ZipFile(path) as parts:
                 if broken := parts.testzip():
                     raise ValueError(f"the checksum of its part {broken} is wrong")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # of pickles that it will refuse in a moment
+            warnings.simplefilter("ignore")             # about pickles that it refuses anyway
             whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                              # torch raises half a dozen kinds
         code, reason = re.search(r"GLOBAL ([\w.]+)", str(e)), (str(e).splitlines() or [repr(e)])[0]
         if code:
             reason = f"it holds {code[1]}, and more than tensors and plain values could run code here"
-        elif isinstance(e, pickle.UnpicklingError):     # torch's own advice would be to run the code
+        elif isinstance(e, pickle.UnpicklingError):     # torch's own message advises running the code
             reason = "torch.save did not write it, or it is damaged"
-        kind = LocalError if isinstance(e, (OSError, MemoryError)) else UserError       # it may be this process alone
+        kind = LocalError if isinstance(e, (OSError, MemoryError)) else UserError       # perhaps this process alone
         raise kind(f"cannot read the checkpoint {path}: {reason}")
     if not isinstance(whole, dict):
         raise UserError(f"{path} holds no weights by name, but a {type(whole).__name__}")
@@ -199,8 +199,8 @@ def read_checkpoint(path):
 
 
 # ---- randomness with an address ------------------------------------------------------------------
-# Nothing here consumes a stream of random numbers. Each is a hash of where it is used, so that the
-# thousandth needs no 999 before it: a resumed run, or one with more workers, draws the same.
+# There is no stream of random numbers. Each number is a hash of where it is used, so the thousandth
+# needs no 999 before it: a resumed run, or one with more workers, draws the same numbers.
 
 SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes
 
@@ -221,18 +221,18 @@ def mix(*ints):
 
 
 def uniform(*ints):
-    """As mix, but float64 in [0, 1): by integers and single roundings, so that it is the same on any machine."""
+    """As mix, but float64 in [0, 1): integer steps and single roundings, so it is the same on any machine."""
     return (mix(*ints) >> 11) * 2.0 ** -53
 
 
 def seed32(*ints):
-    """A seed that every generator takes, from any integers."""
+    """From any integers, a seed that every generator accepts."""
     return mix(*ints) % 2 ** 32
 
 
 def image_seeds(seed, ids):
-    """A seed for the starting noise of each picture, whatever batch it is computed in. Consecutive,
-    since generators may keep 32 bits only, of which hashes of 50,000 pictures would share some."""
+    """A seed for the starting noise of each picture, whatever its batch. They are consecutive, since
+    generators may keep only 32 bits, and 32-bit hashes of 50,000 pictures may collide."""
     first = mix(seed, NOISE)
     return [(first + i) % 2 ** 32 for i in ids]
 
@@ -240,7 +240,7 @@ def image_seeds(seed, ids):
 # ---- pictures as arrays --------------------------------------------------------------------------
 
 def to_uint8(x):
-    """Float tensor in [-1, 1], of any shape -> uint8 tensor. What lies outside is clamped."""
+    """Float tensor in [-1, 1], of any shape -> uint8 tensor. Values outside are clamped."""
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -257,8 +257,8 @@ def grid(images, columns, gap=2):
 
 
 def spread(items, n):
-    """At most n of the items, evenly spaced (all for n = None): part of a sorted list that still
-    has something of every class."""
+    """At most n of the items, evenly spaced (all if n is None), so that a part of a sorted list
+    still has some of every class."""
     if n is None or n >= len(items):
         return items
     return [items[i * len(items) // n] for i in range(n)]
@@ -272,14 +272,14 @@ class Source(NamedTuple):
     classes: list         # names; [] is a set without classes
     items: Iterator       # of (square uint8 (3, S, S), class index or None, list of captions or None)
     origin: str           # a path, or "drawn"
-    notes: dict           # what else meta.json should remember; sha256: of the source, or its list of files
-    skipped: list         # (path, reason) of the unreadable; grows while items are taken
-    index: np.ndarray = None            # instead of items: the names of pictures that stay in their place
+    notes: dict           # whatever else meta.json should hold; sha256: of the source, or of its list of files
+    skipped: list         # (path, reason) of unreadable pictures; grows while items are taken
+    index: np.ndarray = None            # instead of items: the names of pictures that stay in place
 
 
 # ---- shapes: drawn pictures, so that answers can be checked --------------------------------------
 # A picture is a background and a list of objects, painted on it in turn. Everything is relative to
-# the side, so that an index is the same picture at any size.
+# the side, so an index gives the same picture at any size.
 
 PALETTE = dict(red=(215, 30, 40), green=(30, 160, 60), blue=(40, 90, 220),
                yellow=(250, 225, 40), purple=(160, 50, 190), orange=(250, 130, 20))
@@ -312,7 +312,7 @@ def signed_distance(shape, x, y, r):
 
 
 def coverage(shape, x, y, box, size):
-    """The part of each pixel that a shape covers, float (S, S) in [0, 1]: anti-aliasing."""
+    """The fraction of each pixel that a shape covers, float (S, S) in [0, 1]: anti-aliasing."""
     pixels = np.arange(size, dtype=np.float32) + 0.5
     d = signed_distance(shape, pixels - x * size, pixels[:, None] - y * size, box * size / 2)
     return np.clip(0.5 - d, 0, 1)
@@ -358,27 +358,27 @@ shapes_source = functools.partial(drawn_source, classes=SHAPE_CLASSES, items=sha
 
 
 # ---- shapes with captions: one or two objects, what they are and where ---------------------------
-# `python train.py --data shapes --cond text` learns from the set shapes-text, drawn on first use. "a small red circle
-# on the left", or "a small red circle above a large blue square". The two differ in colour and never touch.
+# `python train.py --data shapes --cond text` learns from shapes-text, drawn on first use. Captions: "a small red circle
+# on the left", or "a small red circle above a large blue square". Two objects differ in colour and never touch.
 
 SIDES = dict(small=(0.30, 0.35), large=(0.41, 0.46))    # of the bounding box, in units of the picture's side
-ALONE = 0.62                                            # up to which a large object goes that has the picture to itself
+ALONE = 0.62                                            # the largest side of an object that is alone in its picture
 PLACES = {"in the middle": (0, 0), "on the left": (-0.2, 0), "on the right": (0.2, 0), "at the top": (0, -0.2),
-          "at the bottom": (0, 0.2)}                    # of one object: its centre from the picture's, within 0.06
+          "at the bottom": (0, 0.2)}                    # of one object: its centre minus the picture's, +- 0.06
 # from the second object to the first; number r is the opposite of number r ^ 1
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
-GAP = 0.07                                              # at least so much between the boxes of two objects
+GAP = 0.07                                              # the least distance between the boxes of two objects
 
 
 def held_out_colour(shape, relation):
-    """What no picture of the set shows: for each shape and relation this colour. With relation 0 (above), no red
-    circle is above anything (nor is anything below it); red circles elsewhere, and others above, are common."""
+    """The colour that a shape never has in a relation, in any picture of the set. Relation 0 (above): no red circle is
+    above anything (nor anything below one), but red circles elsewhere, and others above, are common."""
     return (shape + relation) % 6
 
 
 def draw_scene(index, held_out=False):
     """Picture number `index` of the caption task -> (grey level, Objects, caption), for `paint`. The same everywhere
-    and for ever. held_out: two objects, the first as in held_out_colour."""
+    and for ever. held_out: two objects, the first in its held_out_colour."""
     def choice(purpose, n):
         return mix(index, SCENE, purpose) % n
 
@@ -405,7 +405,7 @@ def draw_scene(index, held_out=False):
     left = [c for c in range(6) if c != colour and (held_out or c != missing[1])]
     colours = colour, left[choice(10, len(left))]
 
-    # along the relation's axis each has its part of the side, across it is near the middle
+    # along the relation's axis each object has its own part of the side; across it, each is near the middle
     slack = 1 - boxes[0] - boxes[1] - GAP
     before, after = slack * part(11), slack * (1 - part(11)) * part(12)
     name, (dx, dy) = list(RELATIONS.items())[relation]
@@ -430,26 +430,26 @@ captions_source = functools.partial(drawn_source, classes=[], items=scene_items)
 # The limits were set on 1,500 held-out pictures of 32 pixels: with a blur of 1 / 45 of the side and
 # noise of 8 grey levels, the worst overlap is 0.87; a diamond's best is 0.85, a Gaussian spot's 0.78.
 
-FAINT = 40                # grey levels; less contrast is an empty picture
-OFF_PALETTE = 70          # grey levels; further from every colour is none of them
-POOR_FIT = 0.86           # overlap; where the best shape has less, it is none of them
+FAINT = 40                # grey levels; a picture of less contrast is empty
+OFF_PALETTE = 70          # grey levels; what is further from every colour is none of them
+POOR_FIT = 0.86           # overlap; if even the best shape has less, it is none of them
 AREA = (math.pi / 4, 1, 1 / 2, 5 / 9)                   # of each shape, in a box of side 1
 
 
 def harden(alpha):
-    """Pixels that are nearly in or nearly out are taken for in and out: forgives noise and blur."""
+    """Count pixels that are nearly in as in, and nearly out as out. This forgives noise and blur."""
     return np.clip(1.5 * (alpha - 0.5) + 0.5, 0, 1)
 
 
 def fit_shape(alpha, poor=POOR_FIT):
     """Coverage float (S, S), not quite in [0, 1] -> index into SHAPES, or -1, and centre and side of its box, as in
-    Object. Each shape is laid over the object by area and centre of mass, in which noise averages out; the best
-    overlap wins."""
+    Object. Each shape is laid over the object with the same area and centre of mass, in which noise averages out; the
+    best overlap wins."""
     S = len(alpha)
     rows, columns = np.nonzero(alpha > 0.5)
     if len(rows) == 0:
         return -1, 0, 0, 0
-    mass = np.zeros_like(alpha)                         # the object, with two pixels for soft edges
+    mass = np.zeros_like(alpha)                         # the object, with a margin of two pixels for soft edges
     near = np.s_[max(0, rows.min() - 2):rows.max() + 3, max(0, columns.min() - 2):columns.max() + 3]
     mass[near] = alpha[near]
     total, pixels = mass.sum(), (np.arange(S) + 0.5) / S
@@ -468,17 +468,17 @@ def fit_shape(alpha, poor=POOR_FIT):
 
 
 def backdrop(p):
-    """Picture float (3, S, S) -> its background (3, 1, 1) and each pixel's contrast to that, (S, S)."""
+    """Picture float (3, S, S) -> its background (3, 1, 1) and each pixel's contrast with it, (S, S)."""
     border = np.concatenate([p[:, 0], p[:, -1], p[:, :, 0], p[:, :, -1]], axis=1)
     background = np.median(border, axis=1)[:, None, None]
     return background, np.linalg.norm(p - background, axis=0)
 
 
 def read_colour(p, background, core):
-    """What is seen where core (S, S) is True -> row of COLOURS, or -1, and the coverage of each pixel by it, (S, S)."""
+    """The object seen where core (S, S) is True -> row of COLOURS, or -1, and its coverage of each pixel, (S, S)."""
     found = np.median(p[:, core], axis=1)               # (3,) the object's middle
     off = np.linalg.norm(COLOURS - found, axis=1)
-    # from the background's colour to the object's is a line; along it pixels tell their coverage
+    # a pixel's coverage is its position on the line from the background's colour to the object's
     line = found[:, None, None] - background
     alpha = ((p - background) * line).sum(0) / max((line ** 2).sum(), 1)
     return int(off.argmin()) if off.min() <= OFF_PALETTE else -1, alpha
@@ -496,8 +496,8 @@ def read_shape(image):
 
 
 def score_shapes(images, labels):
-    """Pictures that show the class asked for -> dict(n, shape, colour, both), in percent. Needs no
-    network. Real pictures are all right, noise never; pictures of random classes are in 4%."""
+    """How many pictures show the class asked for -> dict(n, shape, colour, both), in percent but for n. Needs no
+    network. Of real pictures all are right, of noise none, of pictures of random classes 4%."""
     labels = np.asarray(labels)
     colour, shape = np.array([read_shape(image) for image in images], np.int64).reshape(-1, 2).T
     right = dict(shape=shape == labels % 4, colour=colour == labels // 4)
@@ -507,11 +507,11 @@ def score_shapes(images, labels):
 
 # ---- shapes with captions: reading a picture back -------------------------------------------------
 
-CLEAR = 50                # grey levels; an object begins where it is so far from the background, speckle is nearer
+CLEAR = 50                # grey levels from the background at which an object begins; speckle is nearer
 SPECK = 0.008             # part of a picture; less is no object. The smallest, a triangle, covers 4.5%
-MIDDLE = 0.1              # a centre nearer to the picture's is "in the middle"
+MIDDLE = 0.1              # a centre nearer than this to the picture's is "in the middle"
 LARGE = 0.38              # side of the box, between the two sizes
-SCENE_FIT = 0.78          # in place of POOR_FIT: a shape 10 pixels wide is mostly edge. A diamond passes for a circle
+SCENE_FIT = 0.78          # replaces POOR_FIT: a shape 10 pixels wide is mostly edge. Lets a diamond pass for a circle
 
 THING = rf"an? (?:({'|'.join(SIDES)}) )?({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})"
 CAPTION_FORM = re.compile(rf"{THING}(?: ({'|'.join(PLACES)})| ({'|'.join(RELATIONS)}) {THING})?\.?")
@@ -587,9 +587,9 @@ def judge_scene(objects, asked):
 
 
 def score_captions(images, captions):
-    """Pictures uint8 (N, 3, S, S) of captions like draw_scene's, without size, place or second object if you like
-    -> dict(n=, colour=, shape=, size=, place=, relation=, all=): of so many percent of the captions that speak of it,
-    it is right; of two objects both must be. What none speaks of is left out. `all`: and there is nothing else."""
+    """Pictures uint8 (N, 3, S, S) and captions like draw_scene's, whose size, place and second object are optional
+    -> dict(n=, colour=, shape=, size=, place=, relation=, all=): in how many percent of the captions that mention it
+    it is right, for both objects if there are two. What none mentions is left out. `all`: and nothing else is there."""
     asked = [CAPTION_FORM.fullmatch(" ".join(caption.lower().split())) for caption in captions]
     if None in asked:
         raise UserError(f"{captions[asked.index(None)]!r} cannot be scored; this can: {draw_scene(1)[2]!r}, "
@@ -600,8 +600,8 @@ def score_captions(images, captions):
 
 
 def asked_scenes(n):
-    """n captions to be scored by, and the kind of each: one object, two objects, held-out. By turns, of numbers that
-    no training has seen."""
+    """n captions to ask for and score by, and the kind of each, in turn: one object, two objects, held-out. Their
+    numbers are ones that no training has seen."""
     numbers, captions = itertools.count(SHAPE_COUNT), []
     kinds = [("one object", "two objects", "held-out")[i % 3] for i in range(n)]
     for kind in kinds:
@@ -618,16 +618,16 @@ NOT_PICTURES = ("CLOCK FACE", "ARROW", "TRIANGLE", "EMOJI COMPONENT", "INPUT SYM
 
 def emoji_name(code):
     """The Unicode name of a code point that shows a thing rather than a sign, else ''. How many
-    there are depends on Python a little: each version knows the emoji of its day."""
+    there are depends a little on Python: each version knows the emoji of its day."""
     name = unicodedata.name(chr(code), "")
     words = set(name.split())
     sign = unicodedata.category(chr(code)) != "So" or "SIGN" in words or any(part in name for part in NOT_PICTURES)
-    outlined = code < 0x1F5A4 and words & {"BLACK", "WHITE"}            # a WHITE SUN is yellow
+    outlined = code < 0x1F5A4 and words & {"BLACK", "WHITE"}            # not a colour: a WHITE SUN is yellow
     return "" if sign or outlined else name.lower()
 
 
 def emoji_source(src, size, limit):
-    """Noto Color Emoji holds one bitmap of 136 x 128 a glyph, at 109 pixels an em and no other."""
+    """Noto Color Emoji holds one bitmap of 136 x 128 per glyph, at 109 pixels per em and no other size."""
     path = src or NOTO
     if not os.path.isfile(path):
         raise UserError(f"no emoji font at {path}: `apt-get install fonts-noto-color-emoji`, or "
@@ -661,7 +661,7 @@ CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".sp
 
 
 def download_cifar(path):
-    """Fetch the archive, once. It stays where it is put: the server can take an hour over it."""
+    """Download the archive once and keep it: the server can take an hour."""
     try:
         with urllib.request.urlopen(CIFAR_URL, timeout=60) as reply:
             total = int(reply.headers.get("Content-Length", 0)) or None
@@ -677,7 +677,7 @@ def download_cifar(path):
 
 
 def cifar_source(src, size, limit):
-    """The 50,000 training pictures, read inside the archive of the binary version. A record is a
+    """The 50,000 training pictures, read from inside the archive of the binary version. A record is one
     byte for the class and 3 x 32 x 32 for the picture."""
     if not os.path.isfile(src):
         raise UserError(f"--src {src} is not a file; it should be cifar-10-binary.tar.gz")
@@ -686,7 +686,7 @@ def cifar_source(src, size, limit):
     sha256 = hashlib.sha256(blob).hexdigest()
     if sha256 != CIFAR_SHA256:
         print(f"warning: {src} is not the published archive (its sha256 differs)", file=sys.stderr)
-    try:                                                # gzip's checksum is read, tarfile skips it
+    try:                                                # gzip verifies its checksum, tarfile skips it
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(blob)), mode="r:") as tar:
             batches = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
@@ -709,7 +709,7 @@ EXTENSIONS = tuple(".jpg .jpeg .png .gif .webp .bmp .ppm .pgm .tif .tiff".split(
 
 
 def digest(lines):
-    """sha256 of lines of text, file names among them, which need not be valid text."""
+    """sha256 of lines of text. They may hold file names, which need not be valid text."""
     h = hashlib.sha256()
     for line in lines:
         h.update(os.fsencode(line + "\n"))
@@ -717,13 +717,13 @@ def digest(lines):
 
 
 def decode(raw):
-    """The bytes of a text file -> str. Windows' editors begin one with a mark, its PowerShell with that of UTF-16."""
+    """The bytes of a text file -> str. Windows editors begin it with a byte-order mark, PowerShell with UTF-16's."""
     return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace")
 
 
 class Place:
-    """Has `names`, in an order that is always the same; open(name) -> a binary file; and sha256, over the list of its
-    files and their sizes, which tells it from another, or a later one whose files have other sizes."""
+    """Has `names`, always in the same order; open(name) -> a binary file; and sha256, over the list of its files and
+    their sizes. It differs for another place, and for the same one later if its files have other sizes."""
 
     def title(self, name):
         """What to call a file in messages."""
@@ -742,7 +742,7 @@ class Place:
 
 
 class Folder(Place):
-    """All files below a folder, linked folders too, sorted, since disks have orders of their own."""
+    """All files below a folder, also in linked folders. Sorted, because disks have orders of their own."""
 
     def __init__(self, src):
         def refuse(e):
@@ -750,7 +750,7 @@ class Folder(Place):
 
         self.src, sizes = src, {}
         for folder, subfolders, files in os.walk(src, onerror=refuse, followlinks=True):
-            if Path(folder).resolve() in [above.resolve() for above in Path(folder).parents]:   # links in a circle
+            if Path(folder).resolve() in [above.resolve() for above in Path(folder).parents]:   # circular links
                 subfolders.clear()
                 continue
             subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))]
@@ -765,16 +765,16 @@ class Folder(Place):
 
 
 class Zip(Place):
-    """The files in a zip, in the way of a folder: EDM's data sets, for example."""
+    """The files in a zip, as if in a folder: EDM's data sets, for example."""
 
     def __init__(self, src):
         self.src, self.zip = src, zipfile.ZipFile(src)
-        found = {entry.filename.replace("\\", "/"): entry for entry in self.zip.infolist()}      # as old .NET has them
+        found = {entry.filename.replace("\\", "/"): entry for entry in self.zip.infolist()}      # as old .NET writes
         self.entries = entries = {name: entry for name, entry in found.items() if not name.endswith("/")
                                   and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
         self.sha256 = digest(f"{name}\t{entries[name].file_size}\t{entries[name].CRC}" for name in sorted(entries))
         tops = {name[:name.find("/") + 1] for name in entries}
-        self.top = tops.pop() if len(tops) == 1 else ""                 # a folder around everything is none of the set
+        self.top = tops.pop() if len(tops) == 1 else ""                 # a folder around everything does not count
         self.names = sorted(name.removeprefix(self.top) for name in entries)
 
     def open(self, name):
@@ -792,7 +792,7 @@ def open_lmdb(src):
     except lmdb.Error as e:
         raise UserError(f"{src} is not a readable lmdb: {e}")
     size, whole = os.path.getsize(os.path.join(src, "data.mdb")), (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-    if size < whole:                                    # reading on would kill this process by a bus error
+    if size < whole:                                    # reading on would kill this process with a bus error
         raise UserError(f"{src} is cut short: data.mdb has {size:,} bytes of {whole:,}")
     return env
 
@@ -802,12 +802,12 @@ if hasattr(os, "register_at_fork"):                     # an lmdb must not be ca
 
 
 class Lmdb(Place):
-    """The values of an lmdb, as LSUN comes; names: bytes (N,), the keys, which are hashes, in their order, each with a
-    full stop added, since numpy drops zeros at an end."""
+    """The values of an lmdb, the form of LSUN; names: bytes (N,), the keys (hashes) in order, each with a full stop
+    added, because numpy drops zeros at the end."""
 
     def __init__(self, src, names=None):
         self.src, self.names = src, names
-        open_lmdb(src)                                  # now, since several threads must not do it at a time
+        open_lmdb(src)                                  # now, since several threads must not do it at once
         if names is None:
             with open_lmdb(src).begin() as view:
                 keys = tqdm(view.cursor().iternext(values=False), desc="keys", disable=None)
@@ -827,8 +827,8 @@ class Lmdb(Place):
 
 
 def tar_pictures(path):
-    """The pictures in a tar and what is wrong with it, or "". int64 (N, 5): number, where the picture starts, its
-    bytes, the same of its caption (0 0 without one). Files of one name up to the first dot belong together."""
+    """The pictures in a tar, int64 (N, 5), and what is wrong with it, or "". A row: number, offset and length
+    of the picture, the same of its caption (0 0 without one). Files of one name up to the first dot belong together."""
     samples, trouble, end = {}, "", os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
@@ -838,8 +838,8 @@ def tar_pictures(path):
                 if member.isfile() and stem and member.offset_data + member.size <= end:
                     sample = samples.setdefault((folder, stem), {})
                     sample["." + kind.lower()] = member.offset_data, member.size
-            with open(path, "rb") as f:                 # an end is zeros alone; tarfile also ends, in silence, at what
-                f.seek(tar.offset)                      # is no header
+            with open(path, "rb") as f:                 # a proper end is all zeros; tarfile also stops, silently, at
+                f.seek(tar.offset)                      # a broken header
                 if any(f.read(2 ** 16)):
                     trouble = f"damaged at byte {tar.offset:,}, beyond which nothing is read"
     except Exception as e:                              # a damaged header can raise anything; what was read is good
@@ -905,13 +905,13 @@ def open_files(src):
 
 # ---- how a picture becomes a square --------------------------------------------------------------
 # A crop is "square", the largest in the middle; "adm", the same as ADM cuts it; "N", the middle N pixels; or a box,
-# "LEFT,TOP,RIGHT,BOTTOM". For a set whose pictures have a box each, "bbox" is theirs.
+# "LEFT,TOP,RIGHT,BOTTOM". If each picture of a set has its own box, "bbox" means that one.
 
 CROP = r"square|adm|bbox|[1-9]\d*|\d+,\d+,\d+,\d+"
 
 
 def to_rgb(image):
-    """Any PIL picture -> RGB. convert() alone would clip 16 bits, and bare what alpha hides."""
+    """Any PIL picture -> RGB. convert() alone would clip 16 bits and reveal what alpha hides."""
     if image.mode == "F":
         raise ValueError("floating-point pixels, of unknown range")
     if image.mode.startswith("I"):                      # I, I;16 and relatives: 16 bits of grey
@@ -925,8 +925,8 @@ def to_rgb(image):
 
 
 def adm_square(image, size):
-    """The centre square as ADM, DiT and others cut it, whose rounding puts it up to a pixel off the middle: halved
-    by boxes while that leaves enough, then bicubic to whole pixels, then cut."""
+    """The centre square as ADM, DiT and others cut it: halve with a box filter while that leaves enough pixels, resize
+    bicubically to whole pixels, then cut. Rounding puts it up to a pixel off the middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -936,7 +936,7 @@ def adm_square(image, size):
 
 
 def cut(image, crop):
-    """The part of a picture that "N" or "LEFT,TOP,RIGHT,BOTTOM" stand for, as far as the picture goes."""
+    """The part of a picture that "N" or "LEFT,TOP,RIGHT,BOTTOM" names, as far as the picture goes."""
     (W, H), box = image.size, [int(number) for number in crop.split(",")]
     if len(box) == 1:
         left, top = (W - box[0]) // 2, (H - box[0]) // 2
@@ -948,13 +948,13 @@ def cut(image, crop):
 
 
 def load_square(file, size, crop="square"):
-    """A picture, of an animation the first -> uint8 (3, S, S). What numbers cut out is then made square, and resized
-    bilinearly, as is done by those who published the boxes."""
+    """A picture, or the first of an animation -> uint8 (3, S, S). A crop given by numbers is then made square and
+    resized bilinearly, as those who published the boxes do."""
     with Image.open(file) as image:
         if crop == "square":
             image.draft("RGB", (3 * size, 3 * size))    # JPEG can decode smaller, and much faster
         image.load()
-        with contextlib.suppress(Exception):            # damaged EXIF says nothing about up
+        with contextlib.suppress(Exception):            # damaged EXIF does not say which way is up
             image = ImageOps.exif_transpose(image)
         image = to_rgb(image)
     how = dict(resample=Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -970,7 +970,7 @@ def load_square(file, size, crop="square"):
 # ---- from the pictures in a place to a source -----------------------------------------------------
 
 def load_or_reason(open_file, size, crop="square"):
-    """load_square, or why not, as a string: never some other picture in its place."""
+    """load_square, or the reason it failed, as a string: never some other picture instead."""
     file = None
     try:
         with open_file() as file:
@@ -996,11 +996,11 @@ def in_threads(work, items):
 
 
 def pictures_source(place, names, size, limit, crop, classes=(), label=None, captions=None, boxes=None):
-    """A Source of pictures in a place, by their names. label(name) -> int and captions(name) -> list of str, where
-    there are such; boxes: name -> its crop, for crop "bbox"."""
+    """A Source of the pictures of these names in a place. label(name) -> int and captions(name) -> list of str, if
+    there are any; boxes: name -> its crop, for crop "bbox"."""
     if len(names) == 0:
         raise UserError(f"no pictures in {place.src} or below; looked for {' '.join(EXTENSIONS)}")
-    warnings.filterwarnings("ignore", module="PIL")     # remarks on files that it reads all the same
+    warnings.filterwarnings("ignore", module="PIL")     # about files that it reads anyway
     names, skipped = spread(names, limit), []
     size = size or natural_size(place, names)
 
@@ -1022,7 +1022,7 @@ def pictures_source(place, names, size, limit, crop, classes=(), label=None, cap
 
 
 def in_place_source(place, size, limit, crop):
-    """A Source that is an index of tars or an lmdb, whose pictures would take many times the space decoded."""
+    """A Source that only indexes tars or an lmdb: decoded, their pictures would take many times the space."""
     names = place.names[:limit]
     reasons = [load_or_reason(functools.partial(place.open, name), size or 64, crop) for name in spread(names, 20)]
     if all(isinstance(reason, str) for reason in reasons):
@@ -1031,15 +1031,15 @@ def in_place_source(place, size, limit, crop):
     return Source(len(names), size or natural_size(place, names), [], None, place.src, notes, [], index=names)
 
 
-# ---- a folder, zip, lmdb or shards of anybody's own ----------------------------------------------
+# ---- a folder, zip, lmdb or shards of your own ---------------------------------------------------
 
 def numbered(n, first=1):
-    """Names of classes that have none."""
+    """Names for classes that have none."""
     return [f"class {i}" for i in range(first, first + n)]
 
 
 def folder_labels(place, names):
-    """Class names and label(name). From dataset.json, where there is one, as EDM writes it; else the classes are
+    """Class names and label(name). They come from dataset.json, as EDM writes it, if there is one. Else the classes are
     the top-level subfolders, if there are at least two and every picture is in one; else there are none: [], None."""
     if "dataset.json" in place.names:
         try:
@@ -1063,7 +1063,7 @@ def folder_labels(place, names):
 
 
 def caption_lines(text):
-    """A caption a line -> list of str, at least one. What was no valid text counts as a space."""
+    """Text, one caption per line -> list of str, at least one. Invalid text counts as a space."""
     lines = [" ".join(line.replace("\ufffd", " ").split()) for line in text.splitlines()]
     return [line for line in lines if line] or [""]
 
@@ -1110,7 +1110,7 @@ def folder_captions(place, names):
 
 
 def folder_source(src, size, limit, crop, in_place=False):
-    """Whatever is there: tar shards stay in place, all else is converted. in_place: shards or an lmdb, to stay."""
+    """A Source: tar shards stay in place, all else is converted. in_place: take only shards or an lmdb, unconverted."""
     if os.path.exists(os.path.join(src, "data.mdb")):
         place = Lmdb(src)
         return (in_place_source(place, size, limit, crop) if in_place else
@@ -1129,8 +1129,8 @@ def folder_source(src, size, limit, crop, in_place=False):
 # ---- the sets of the paper -----------------------------------------------------------------------
 
 def read_table(place, stem, columns=None):
-    """A table of CelebA: lines of a file name and integers, below a line of column names if they have any; as .txt,
-    or as the .csv of Kaggle -> {file: its integers in these columns, or the last one}; {} if it is not there."""
+    """A table of CelebA, as .txt or as Kaggle's .csv: lines of a file name and integers, perhaps below a line of column
+    names -> {file: its integers in these columns, or the last one}; {} if there is no such table."""
     for table in place.find(stem + r"\.(txt|csv)"):
         lines = place.text(table).replace(",", " ").splitlines()
         try:
@@ -1147,8 +1147,8 @@ def read_table(place, stem, columns=None):
 
 
 def faces_source(src, size, limit, crop, classes, images, attributes, split=None):
-    """CelebA and CelebA-HQ: the folder `images`, the table `attributes`, and the table `split`, 0 for training. With
-    attributes for classes, a class is a combination of having and not having them."""
+    """CelebA and CelebA-HQ: the folder `images`, the table `attributes`, and the table `split`, 0 for training. If
+    attributes are asked for as classes, each combination of having and not having them is a class."""
     place = open_files(src)
     names = [name for name in place.pictures() if images in name.split("/")[:-1]] or place.pictures()   # not the masks
     names.sort(key=lambda name: (len(name), name))                                  # 2.jpg before 10.jpg
@@ -1169,7 +1169,7 @@ def faces_source(src, size, limit, crop, classes, images, attributes, split=None
 
 
 def birds_source(src, size, limit, crop):
-    """CUB-200-2011, its training pictures, with the ten captions each that Reed et al. collected, if they are there.
+    """The training pictures of CUB-200-2011, with the ten captions each that Reed et al. collected, if they are there.
     The box is StackGAN-v2's: a window of 1.5 times the bird's longer side around it."""
     place, label, boxes = open_files(src), {}, {}
 
@@ -1205,7 +1205,7 @@ def birds_source(src, size, limit, crop):
 
 
 def imagenet_source(src, size, limit):
-    """ImageNet, shrunk by Chrabaszcz et al. to train_data_batch_1.npz .. 10, which are read row by row."""
+    """ImageNet as shrunk by Chrabaszcz et al.: train_data_batch_1.npz .. 10, read row by row."""
     place = open_files(src)
     names = sorted(place.find(r"train_data_batch_\d+\.npz"), key=lambda name: int(re.findall(r"\d+", name)[-1]))
     labels = []
@@ -1234,9 +1234,9 @@ def imagenet_source(src, size, limit):
 
 
 # ---- prepare: a source is converted, once --------------------------------------------------------
-# flip: may training mirror pictures? Not emoji, with their letters and hands, and not what captions may tell the left
-# and right of (those of birds hardly do); None: if it has no captions. crop: how pictures are cut where nobody asks
-# for another way. src: what --src must be.
+# flip: may training mirror pictures? Not emoji, which show letters and hands, and not where captions may speak of left
+# and right (those of birds hardly do); None: if there are no captions. crop: how pictures are cut unless --crop asks
+# for something else. src: what --src must be.
 
 BIG = functools.partial(folder_source, in_place=True)                   # CC12M and LAION as shards, bedroom as an lmdb
 CELEBA = functools.partial(faces_source, images="img_align_celeba", attributes="list_attr_celeba",
@@ -1283,7 +1283,7 @@ def set_folder(name, data_dir):
 
 
 def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=bool)):
-    """meta.json of a complete set, or of other things that need other keys; None if there is none."""
+    """meta.json of a complete set, or of something else with other keys; None if there is none."""
     try:
         meta = json.loads(Path(folder, "meta.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -1299,11 +1299,11 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
 
 
 def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=None):
-    """Convert a set into DATA_DIR/NAME. True if that was done now, False if it had been before.
+    """Convert a set into DATA_DIR/NAME. True if that was done now, False if it was done before.
 
     src: where its pictures are (emoji: the font); size: pixels a side, for sets of your own; limit: at most so many
-    pictures; crop: see CROP; classes: attributes of faces. UserError if the source is no good, the disk too
-    small, or the set there with another src, size, limit, crop or classes than asked for."""
+    pictures; crop: see CROP; classes: attributes of faces. UserError if the source is no good, the disk is
+    too small, or the set is already there with another src, size, limit, crop or classes."""
     folder, row = set_folder(name, data_dir), BUILT_IN.get(name, OWN)
     if size is not None and row["size"] not in (None, size):
         raise UserError(f"--size {size}: {name} is always {row['size']} pixels")
@@ -1334,18 +1334,18 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     if "src" in row and src is None:
         raise not_there(name, data_dir) if name in BUILT_IN else UserError(
             f"which pictures? Name their folder with --src FOLDER: {row['src']}")
-    # a prepare that was killed leaves a lock; what else it has left is replaced
+    # a killed prepare leaves a lock; whatever else it left is replaced
     there = os.listdir(folder) if os.path.isdir(folder) else []
     if ".lock" not in there and any(not name.startswith(".") for name in there):
         raise UserError(f"{folder} holds files, and no set: choose another name, or move them away")
-    if "text" in there:                                 # days of work, perhaps, so this is not for us to replace
+    if "text" in there:                                 # perhaps days of work, so not ours to replace
         raise UserError(f"{folder} holds features of captions that were there before: "
                         f"{removal(Path(folder, 'text'))}, or move that away")
     try:
         with alone(folder):
             if read_meta(folder):                       # another process was first: is it what is asked for?
                 return prepare(name, data_dir, src, size, limit, crop, classes)
-            if name == "cifar10" and src is None:       # beside the set: it outlives `rm -r`
+            if name == "cifar10" and src is None:       # beside the set, to survive `rm -r`
                 src = os.path.abspath(os.path.join(data_dir, os.path.basename(CIFAR_URL)))
                 if not os.path.exists(src):
                     download_cifar(src)
@@ -1355,7 +1355,7 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
             convert(row["source"](src, size or row["size"], limit, **how), folder,
                     dict(name=name, flip=row["flip"], limit=limit, attributes=classes))
     except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"cannot prepare {name}: {e}")      # RuntimeError: a zip under a password
+        raise UserError(f"cannot prepare {name}: {e}")      # RuntimeError: a zip with a password
     return True
 
 
@@ -1372,7 +1372,7 @@ def convert(source, folder, about):
     labels, captions = [], []
 
     def write_images(images):
-        # row after row, not through a writable memory map: a full disk kills those by a bus error
+        # row by row, not through a writable memory map: with a full disk that ends in a bus error
         npy_header(images, "|u1", source.count, 3, S, S)
         for square, label, texts in tqdm(source.items, total=source.count, disable=None):
             images.write(square.tobytes())
@@ -1413,7 +1413,7 @@ def convert(source, folder, about):
 # ---- a prepared set ------------------------------------------------------------------------------
 
 class Rows:
-    """Like a list of n, of which get(i) makes an entry when it is asked for."""
+    """Like a list of n entries. get(i) makes entry i when it is asked for."""
 
     def __init__(self, n, get):
         self.n, self.get = n, get
@@ -1428,7 +1428,7 @@ class Rows:
 
 
 def read_lines(path):
-    """A file of JSON lines as Rows: kept on the disk but for where its lines end."""
+    """A file of JSON lines as Rows. It stays on the disk; memory holds only where each line ends."""
     with open(path, "rb") as f:
         ends = np.cumsum(np.fromiter(map(len, f), np.int64))
     text = np.memmap(path, np.uint8, "r")
@@ -1447,7 +1447,7 @@ def read_lines(path):
 
 
 def open_place(folder, meta):
-    """Where the pictures of a set are that was not converted: a Tars or an Lmdb, with the names of those of the set."""
+    """The Tars or Lmdb with the pictures of a set that was not converted; its names are those of the set's pictures."""
     names = np.load(os.path.join(folder, "index.npy"), mmap_mode="r")
     try:
         if meta["place"] == "Lmdb":
@@ -1463,9 +1463,9 @@ def open_place(folder, meta):
 
 class Pictures:
     """A prepared set: name, size, classes (names), flip; images uint8 (N, 3, S, S), memory-mapped, or else the place
-    where they have stayed, to be decoded when they are asked for; labels int64 (N,) and captions (like a list, of lists
-    of str), or None; fingerprint, which differs between sets of one name that were made of other pictures or in another
-    way. UserError if its files are damaged."""
+    where they have stayed, to be decoded on demand; labels int64 (N,) and captions (like a list of lists of str), or
+    None. The fingerprint tells apart sets of one name that were made from other pictures or in another way. UserError
+    if its files are damaged."""
 
     def __init__(self, folder):
         meta, captions = read_meta(folder), Path(folder, "captions.jsonl")
@@ -1477,7 +1477,7 @@ class Pictures:
             if "place" in meta:
                 self.place, self.crop = open_place(folder, meta), meta["crop"]
                 if meta["place"] == "Tars" and meta["captions"]:
-                    place = self.place                  # and not self, which would never be freed by itself
+                    place = self.place                  # not self: a reference cycle would keep it alive
                     self.captions = Rows(self.n, lambda i: place.captions(place.names[i]))
             else:
                 self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
@@ -1492,7 +1492,7 @@ class Pictures:
             parts = (self.place.names if self.place else self.images, self.labels, self.captions)
             if any(len(part) != self.n for part in parts if part is not None):
                 raise ValueError("its files are of different lengths")
-        except UserError:                               # of what lies elsewhere
+        except UserError:                               # about files elsewhere
             raise
         except Exception as e:                          # numpy raises half a dozen kinds
             raise UserError(f"{folder} is damaged ({e}): {removal(folder)}, and prepare it again")
@@ -1504,32 +1504,32 @@ class Pictures:
         return Pictures, (self.folder,)
 
     def take(self, index, n=None):
-        """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers int64 (B,): those that
-        were asked for, but where a picture that lies in place cannot be read the next of the first n that can."""
+        """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers int64 (B,). In a set that
+        stays in place, a picture that cannot be read is replaced by the next of the first n that can."""
         if self.place is None:
             return self.images[index], index
         images, numbers = zip(*(self.decode(int(i), n or self.n) for i in index))
         return np.stack(images), np.array(numbers, np.int64)
 
     def decode(self, number, n):
-        """The picture of this number, or else the next of the first n that can be read, the same at every visit; its
+        """The picture of this number, or else the next of the first n that can be read, always the same one; and its
         number."""
         skipped = os.path.join(self.folder, "skipped.txt")
         for i in (j % n for j in range(number, number + 100)):
             name = self.place.names[i]
-            file = self.place.open(name)                # if this fails, it is the disk's fault and no picture's
+            file = self.place.open(name)                # if this fails, it is the disk's fault, not a picture's
             square = load_or_reason(lambda: file, self.size, self.crop)
             if not isinstance(square, str):
                 return square, i
             line = f"{self.place.title(name)}\t{square}\n".encode(errors="backslashreplace")
             with contextlib.suppress(OSError), open(skipped, "a+b") as f:
                 f.seek(0)
-                if line not in f.readlines():           # whichever process comes by
+                if line not in f.readlines():           # once, by whichever process
                     f.write(line)
         raise LocalError(f"100 pictures in a row cannot be read, number {number} and after: see {skipped}")
 
     def parts(self, n):
-        """The first n pictures by the shard that they lie in, {its name: range}; {"": all of them} without shards."""
+        """The first n pictures by shard, {its name: range}; {"": all of them} without shards."""
         if not isinstance(self.place, Tars):
             return {"": range(n)}
         shards = self.place.shards
@@ -1550,7 +1550,7 @@ def not_there(name, data_dir):
 
 
 def describe(name, data_dir):
-    """dict(size=, classes=, flip=) of a set. Of a built-in one also before it is prepared."""
+    """dict(size=, classes=, flip=) of a set. A built-in one need not be prepared yet."""
     meta = read_meta(set_folder(name, data_dir)) or BUILT_IN.get(name)
     if not meta:
         raise not_there(name, data_dir)
@@ -1573,17 +1573,17 @@ def open_set(name, data_dir):
 #                           caption_of.npy  int64 (N + 1,): picture i has the captions caption_of[i] up to [i + 1]
 #                           meta.json       written last
 #
-# The last caption, of no picture, is "": the null condition of classifier-free guidance. Every caption ends in a token
-# that says so, so that none is without tokens.
+# The last caption belongs to no picture. It is "", the null condition of classifier-free guidance. Every caption ends
+# in an end token, so none is without tokens.
 #
-# A set of tar shards has these files once a shard, in ENCODER/SHARD/, not beside the tars, where one may not be allowed
-# to write; and ENCODER/meta.json, about all of them, once the last is done. Processes can share the work:
+# A set of tar shards has these files for each shard, in ENCODER/SHARD/ (the folder of the tars may be read-only); and
+# ENCODER/meta.json, about all shards, once the last is done. Processes can share the work:
 #
 #     torchrun --nproc_per_node=8 -- data.py encode cc12m64 --encoder google/t5-v1_1-xxl
 
-MAX_TOKENS = 256                                        # the paper's context; what a caption has beyond is cut off
-CHUNK = 1000                                            # pictures; a killed encode loses no more than the last of these
-OPEN_PARTS = 16                                         # shards of which a process keeps the features mapped
+MAX_TOKENS = 256                                        # the paper's context; longer captions are cut off
+CHUNK = 1000                                            # pictures; a killed encode loses at most its last chunk
+OPEN_PARTS = 16                                         # shards whose features a process keeps mapped
 FEATURES = dict(encoder=str, width=int, n=int)          # what their meta.json must hold
 INSTALL_T5 = "pip install transformers sentencepiece protobuf"
 
@@ -1595,8 +1595,8 @@ def random_vector(*address, width):
 
 
 class Words:
-    """The built-in encoder: nothing to download, nothing trained. A word, or a sign of punctuation, is a random vector
-    found by its letters in lower case; to it is added another one, found by its place in the caption."""
+    """The built-in encoder: nothing to download, nothing trained. A word or punctuation mark is a random vector given
+    by its letters in lower case, plus another given by its place in the caption."""
 
     name, width = "words", 256
 
@@ -1612,8 +1612,8 @@ class Words:
 
 
 class T5:
-    """The encoder half of a T5, as Hugging Face keeps it: a folder, or a name on its hub. Frozen, in bfloat16, in which
-    T5 was trained: it overflows in float16, while what comes out fits there with three more bits of mantissa."""
+    """The encoder half of a T5 from Hugging Face: a folder, or a name on its hub. Frozen, in bfloat16, as T5 was
+    trained: it overflows in float16, but its output fits there, with three more bits of mantissa."""
 
     def __init__(self, name):
         try:
@@ -1622,12 +1622,12 @@ class T5:
             raise UserError(f"the encoder {name} needs a package: `{INSTALL_T5}`; the encoder words needs none")
         self.name = os.path.abspath(name) if os.path.isdir(name) else name
         self.device = torch.device("cpu")
-        if count := torch.cuda.device_count():          # a process may be shown its own alone
+        if count := torch.cuda.device_count():          # a process may see only its own
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
             net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16).to(self.device)
-        except Exception as e:                          # a missing package can look like anything
+        except Exception as e:                          # a missing package can raise anything
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
             kind = LocalError if isinstance(e, RuntimeError) else UserError     # a full GPU may be this process's alone
             raise kind(f"cannot load the T5 encoder {name} ({reason}); its tokenizer may need `{INSTALL_T5}`")
@@ -1640,7 +1640,7 @@ class T5:
 
     @torch.no_grad()
     def vectors(self, tokens):
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in tokens], batch_first=True)      # by 0, as T5
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in tokens], batch_first=True)      # with 0, as T5
         mask = (torch.arange(ids.shape[1]) < torch.tensor(list(map(len, tokens)))[:, None]).long()
         h = self.net(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
         return [v[:len(t)] for v, t in zip(h.to("cpu", torch.float16).numpy(), tokens)]
@@ -1651,7 +1651,7 @@ def load_encoder(name):
 
 
 def encode(encoder, texts):
-    """[str] -> [float16 (L, d)], L at most MAX_TOKENS. Batches are of like length, for the least padding."""
+    """[str] -> [float16 (L, d)], L at most MAX_TOKENS. A batch holds texts of similar length, to save padding."""
     tokens = [t if len(t) <= MAX_TOKENS else [*t[:MAX_TOKENS - 1], t[-1]] for t in encoder.tokens(texts)]
     order, rows = sorted(range(len(tokens)), key=lambda i: -len(tokens[i])), [None] * len(tokens)
     while order:
@@ -1663,23 +1663,23 @@ def encode(encoder, texts):
 
 
 def text_folder(folder, encoder):
-    """Where the features of a set lie. google/t5-v1_1-xxl and ~/models/t5-v1_1-xxl share a folder: trainings find it
+    """Where the features of a set lie. google/t5-v1_1-xxl and ~/models/t5-v1_1-xxl share a folder: training finds it
     by either name."""
     return os.path.join(folder, "text", os.path.basename(encoder.rstrip("/")))
 
 
 def same_encoder(one, other):
-    """Whether two names are of one encoder: google/t5-v1_1-xxl, t5-v1_1-xxl and ~/models/t5-v1_1-xxl are."""
+    """Whether two names mean one encoder, as google/t5-v1_1-xxl, t5-v1_1-xxl and ~/models/t5-v1_1-xxl do."""
     return text_folder("", one) == text_folder("", other)
 
 
 def encode_part(folder, captions, numbers, encoder):
-    """Write the features of the captions (lists of str) of these pictures, a range. What a killed one left is gone on
-    from, in chunks. Yields the pictures and the bytes done so far."""
+    """Write the features of the captions (lists of str) of these pictures, a range, in chunks. After a kill it goes on
+    from the last complete chunk. Yields the pictures and the bytes done so far."""
     folder.mkdir(parents=True, exist_ok=True)
     npy_header(header := io.BytesIO(), "<f2", 0, encoder.width)
-    # two files grow, each chunk in this order: its tokens; then, below the encoder's name, a line of JSON: how many
-    # captions each picture has, and how many tokens each caption. A line that a kill cut short has no end
+    # two files grow: each chunk adds its tokens to one, and then a line of JSON to the other, below the encoder's name:
+    # how many captions each picture has, and how many tokens each caption. A line that a kill cut short has no newline
     tokens_part, chunks_part, owner = folder / "tokens.npy.part", folder / "chunks.part", f"{encoder.name}\n".encode()
     with open(tokens_part, "a+b") as tokens, open(chunks_part, "a+b") as chunks:
         chunks.seek(0)
@@ -1726,11 +1726,11 @@ def encode_part(folder, captions, numbers, encoder):
 
 
 def encode_set(pictures, encoder, limit=None, rank=0, world=1):
-    """Write the text features of a set, or of its first `limit` pictures. Of world processes each takes every world-th
-    shard, and the last to end declares the whole complete. False if all had been done before."""
+    """Write the text features of a set, or of its first `limit` pictures. Each of world processes takes every world-th
+    shard, and the last to finish marks the whole as complete. False if all was done before."""
     folder, n = Path(text_folder(pictures.folder, encoder.name)), min(limit or len(pictures), len(pictures))
 
-    def complete(name, n):                              # the part of this name; "" is the whole, too
+    def complete(name, n):                              # the meta of this part, or of the whole for ""
         meta = read_meta(folder / name, FEATURES)
         if meta and (meta["n"], meta["encoder"]) != (n, encoder.name):
             raise UserError(f"{folder / name} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to "
@@ -1764,29 +1764,29 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
         longest = max(meta.get("longest", MAX_TOKENS) for meta in metas.values())
         shards = {name: meta["n"] for name, meta in metas.items()}
         whole = dict(encoder=encoder.name, width=encoder.width, **total, longest=longest, shards=shards)
-        with alone(folder):                             # two may end at the same time
+        with alone(folder):                             # two may finish at once
             write_file(folder / "meta.json", lambda f: f.write(json.dumps(whole, indent=1).encode()))
     return True
 
 
 class Features:
     """The text features of a set: encoder (its name), width d, n (pictures that have some), longest (tokens that a
-    caption has at most), and null, float16 (L, d), the empty caption. The files of shards are opened when they are
-    needed, a few at a time."""
+    caption has at most), and null, float16 (L, d), the empty caption. The files of shards are opened on demand, a few
+    at a time."""
 
     def __init__(self, folder):
         self.folder, meta = folder, read_meta(folder, FEATURES)
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
         self.encoder, self.width, self.n = meta["encoder"], meta["width"], meta["n"]
-        self.longest = meta.get("longest", MAX_TOKENS)  # which earlier versions did not count
+        self.longest = meta.get("longest", MAX_TOKENS)  # earlier versions did not count it
         self.parts = meta.get("shards", {"": self.n})
         self.names, self.ends = list(self.parts), np.cumsum(list(self.parts.values()))
         self.part = functools.lru_cache(OPEN_PARTS)(self.open)
         tokens, offsets, _ = self.part(self.names[0])
         self.null = np.array(tokens[offsets[-2]:])
 
-    def __reduce__(self):                               # as of Pictures
+    def __reduce__(self):                               # as in Pictures
         return Features, (self.folder,)
 
     def open(self, name):
@@ -1804,7 +1804,7 @@ class Features:
         return tokens, offsets, caption_of
 
     def row(self, i, draw=0):
-        """float16 (L, d): the tokens of a caption of picture i, the first or another one, by any number."""
+        """float16 (L, d): the tokens of one caption of picture i, the first or the one that any number `draw` picks."""
         number = np.searchsorted(self.ends, i, "right")
         tokens, offsets, caption_of = self.part(name := self.names[number])
         place = i - self.ends[number] + self.parts[name]
@@ -1813,13 +1813,13 @@ class Features:
         return np.array(tokens[offsets[caption]:offsets[caption + 1]])
 
     def rows(self, index, draw):
-        """Of each picture one of its captions, which one by a random number: index, draw (B,) -> [float16 (L, d)]."""
+        """One caption of each picture, picked by a random number: index, draw (B,) -> [float16 (L, d)]."""
         return [self.row(i, d) for i, d in zip(index.tolist(), draw.tolist())]
 
 
 def pad(rows, length=0):
     """[float16 (L_i, d)] -> float16 (B, L, d), 0 beyond each text, and mask (B, L), True where it has a token. L is the
-    longest, or `length` if that is more, rounded up to a multiple of 8: few shapes, which suits hardware."""
+    longest, or `length` if that is more, rounded up to a multiple of 8: shapes are then few and suit hardware."""
     L = (max(length, *map(len, rows)) + 7) // 8 * 8
     features, mask = torch.zeros(len(rows), L, rows[0].shape[1], dtype=torch.float16), torch.zeros(len(rows), L)
     for i, row in enumerate(rows):
@@ -1828,8 +1828,8 @@ def pad(rows, length=0):
 
 
 def null_like(cond, null):
-    """The null condition in the shape of a batch's: null is the null class, or the features (L, d) of the empty
-    caption, which is no longer than any batch is padded to; cond (), (y,) or (features, mask)."""
+    """The null condition in the shape of cond: (), (y,) or (features, mask). null is the null class, or the features
+    (L, d) of the empty caption, which is never longer than a padded batch."""
     if len(cond) < 2:
         return tuple(torch.full_like(y, null) for y in cond)
     features, mask = (torch.zeros_like(c) for c in cond)
@@ -1838,7 +1838,7 @@ def null_like(cond, null):
 
 
 def drop(cond, null, chosen):
-    """cond with the null condition in the chosen rows: bool (B,). Guidance needs a network that learned both."""
+    """cond, with the null condition in the chosen rows, bool (B,). Guidance needs a network that learned both."""
     return [torch.where(chosen.view(-1, *[1] * (c.dim() - 1)), empty, c)
             for c, empty in zip(cond, null_like(cond, null))]
 
@@ -1849,8 +1849,8 @@ def captioned_name(name):
 
 
 def find_encoder(name, data_dir, asked):
-    """--encoder -> (full name, width) of an encoder whose features a set has or, as words, can have at once; without
-    one, words for drawn captions and emoji, else the only one there is. UserError, listing what there is, otherwise."""
+    """--encoder -> (full name, width) of an encoder whose features a set has (those of words may come later). Without
+    --encoder: words for drawn captions and emoji, else the only one there is. Otherwise UserError, with a list."""
     folder = set_folder(name, data_dir)
     if not (read_meta(folder) or {}).get("captions", True):
         raise UserError(f"{name} has no captions: prepare it with some, or leave --cond text out")
@@ -1872,19 +1872,19 @@ def find_encoder(name, data_dir, asked):
 
 @functools.lru_cache(maxsize=2)                         # a batch can lie across the end of an epoch
 def permutation(seed, epoch, n):
-    """The order of the pictures in an epoch, uint32 (n,) (for every worker has one in memory)."""
+    """The order of the pictures in an epoch, uint32 (n,), because every worker keeps one in memory."""
     h = mix(seed, epoch, SHUFFLE)
     return np.random.RandomState([h % 2 ** 32, h >> 32]).permutation(n).astype(np.uint32)       # frozen, says NEP 19
 
 
 class Batches(torch.utils.data.Dataset):
-    """Batches[step] -> x uint8 (b, 3, S, S), y int64 (b,), all 0 in a set without classes. With text features, those in
-    place of y, padded as `pad` does, to `length` at least: float16 (b, L, d), mask (b, L). Only pictures that have
-    features come then.
+    """Batches[step] -> x uint8 (b, 3, S, S), y int64 (b,), all 0 in a set without classes. With text features, these
+    replace y, padded as `pad` does, to at least `length`: float16 (b, L, d), mask (b, L). Pictures without features are
+    then left out.
 
     batch: size of the global batch; rows: the b of its rows that this process takes; flip: mirror
-    half the pictures. Sample number k = step * batch + row, and all about it follows from (seed, k):
-    it is the same at any number of workers and processes, and after any resume."""
+    half the pictures. Everything about sample number k = step * batch + row follows from (seed, k):
+    it is the same for any number of workers and processes, and after any resume."""
 
     def __init__(self, pictures, batch, rows, seed, flip, features=None, length=0):
         self.pictures, self.batch, self.seed, self.flip, self.features = pictures, batch, seed, flip, features
@@ -1919,7 +1919,7 @@ def open_or_prepare(name, data_dir):
 
 
 def captioned(image, text, lines=2):
-    """uint8 (3, S, S), or wider -> (3, H, W), 128 pixels or more wide, with lines of text below."""
+    """uint8 (3, S, S), or wider -> (3, H, W), at least 128 pixels wide, with lines of text below."""
     scale = max(1, 128 // image.shape[-1])
     image = image.repeat(scale, axis=1).repeat(scale, axis=2)
     W, H = max(128, image.shape[2]), image.shape[1]
@@ -1943,7 +1943,7 @@ def show(name, data_dir, out):
     sheet = grid(np.stack([captioned(image, text) for image, text in zip(images, texts)]), 8, gap=6)
     try:
         sheet.save(out)
-    except (OSError, ValueError) as e:                  # ValueError: not a picture's extension
+    except (OSError, ValueError) as e:                  # ValueError: an unknown extension
         raise UserError(f"cannot write --out {out}: {e}")
     print(f"{out}: {len(chosen)} of {len(pictures):,} pictures of {pictures.size}x{pictures.size}, "
           + (f"{len(classes)} classes: {', '.join(classes[:30])}" if classes else "no classes"))
@@ -1973,10 +1973,10 @@ def export(name, data_dir, out, limit):
 
 
 def encode_command(name, data_dir, encoder, limit):
-    """Under torchrun the processes share the shards of a set; any other is the first one's."""
+    """Under torchrun the processes share the shards of a set; the first does a set without shards alone."""
     rank, world = processes()
     name = captioned_name(name)
-    if rank > 0 and name in NO_SOURCE:                  # which the first may be drawing
+    if rank > 0 and name in NO_SOURCE:                  # the first may be drawing it
         return
     pictures = open_or_prepare(name, data_dir)
     if pictures.captions is None:

@@ -2,7 +2,7 @@
 
     python sample.py                                     the newest run, 64 pictures, one sheet
     python sample.py --ckpt runs/mine/ckpt.pt --n 480 --score
-    python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of PNGs, which the same again goes on with
+    python sample.py --classes 3,5 --cfg 4 --out samples/strong/    a folder of PNGs; the same command again goes on
     python sample.py --prompt "a small red circle above a large blue square" "a large green cross on the left"
     python sample.py --prompt @prompts.txt --cfg 1,2,4   prompts from a file, one a line; a row for each guidance scale
     python sample.py --ckpt cifar10_uvit_small.pth       weights that U-ViT's or ADM's authors have published
@@ -36,9 +36,9 @@ from uvit import UViT
 
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
 SCORED = ("shapes", "shapes64", "shapes-text", "shapes64-text")         # sets that data.py can read back
-COMPILER = ("torch._dynamo", "torch._inductor")                         # modules of what torch.compile raises
+COMPILER = ("torch._dynamo", "torch._inductor")                         # modules of torch.compile's exceptions
 SHEET = 1024                                                            # pictures; nobody can look at a larger one
-ASKED = ".asked.json"                                                   # in a folder of pictures: what decides them
+ASKED = ".asked.json"                                                   # in a folder of pictures: see what_decides
 
 
 def fail(message):
@@ -48,7 +48,7 @@ def fail(message):
 # ---- where and how precisely to compute -----------------------------------------------------------------
 
 def pick_device(name):
-    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. OSError if what is
+    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. OSError if the device
     asked for by name, or a GPU for this process, is not here."""
     present = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     here = [device for device in present if present[device]]
@@ -60,14 +60,14 @@ def pick_device(name):
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count > 1:
             raise OSError(f"process {local} of this machine has no GPU of its own: there are {count}")
-        name = f"cuda:{local % count}"                          # a scheduler may show each process its own GPU alone
+        name = f"cuda:{local % count}"                          # a scheduler may show each process only its own GPU
         torch.cuda.set_device(name)
     return torch.device(name)
 
 
 def fast_bfloat16(device):
     """Whether the device multiplies bfloat16 faster than float32: NVIDIA's GPUs since Ampere do, and CPUs with AMX
-    tiles, or with AVX512-BF16 if they are AMD's (on Intel's, without AMX, it was the slower type)."""
+    tiles, and AMD's CPUs with AVX512-BF16 (on Intel's without AMX, bfloat16 was slower)."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     amx, avx = (getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported",
@@ -79,8 +79,8 @@ def fast_bfloat16(device):
 
 
 def autocast(device, dtype):
-    """The context in which networks run: 'bfloat16' where asked, or by 'auto' where the device multiplies it fast, or
-    else 'float32'. Schedules, losses and samplers stay in float32. On a CPU it also chooses, for the whole process, how
+    """The context in which networks run: bfloat16 for 'bfloat16', or for 'auto' if the device multiplies it fast; else
+    float32. Schedules, losses and samplers stay in float32. bfloat16 on a CPU also sets, for the whole process, how
     attention is computed (and turns off flash attention, on a GPU too)."""
     assert dtype in ("auto", "float32", "bfloat16"), f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}"
     if dtype == "float32" or (dtype == "auto" and not fast_bfloat16(device)):
@@ -88,7 +88,7 @@ def autocast(device, dtype):
     if device.type == "cpu":
         # despite their names these also choose the CPU's attention: two matrix products and a softmax, all in bfloat16,
         # take half the time of its flash kernel, or of the same in float32, forwards and backwards. (Training without a
-        # mask does not come here, and is faster still: see attend in the backbones.)
+        # mask does not use these kernels, and is faster still: see attend in the backbones.)
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return torch.autocast(device.type, torch.bfloat16)
@@ -104,7 +104,7 @@ KNOWN = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SC
 def read(path, weights="ema"):
     """A checkpoint of train.py, or a published file of U-ViT or ADM -> (its config as a dict, its state_dict).
 
-    Told apart by content. UserError, one line, for anything else; weights: 'ema' or 'raw', which only our own have."""
+    They are told apart by content; anything else is a UserError. weights: 'ema' or 'raw', which only our own have."""
     whole = data.read_dict(path)
     if "config" not in whole:
         return read_published(path, whole, weights)
@@ -123,7 +123,7 @@ def read(path, weights="ema"):
 
 
 def load_weights(net, weights):
-    """Give a network weights that are its own by name and shape. ValueError names a few that are not."""
+    """Load weights into a network. ValueError names a few whose names or shapes are not the network's."""
     own, found = ({name: tuple(p.shape) for name, p in there.items()} for there in (net.state_dict(), weights))
     wrong = [f"{name} {found.get(name, 'is missing')}, not {own.get(name, 'expected')}"
              for name in {**own, **found} if own.get(name) != found.get(name)]
@@ -135,10 +135,10 @@ def load_weights(net, weights):
 def load(path, weights="ema", device="cpu"):
     """A checkpoint of train.py, or a published file of U-ViT or ADM -> (network in eval mode, its config as a dict).
 
-    The network is the plain one, except that calling it sets its clock (diffusion.on_clock): t is that of diffusion.py
-    also for networks that were trained elsewhere, and there is nothing to remember. weights: 'ema' or 'raw'. The
-    config of a text-conditional one also holds `text`: the encoder's name, the features `null` of the empty caption,
-    and the captions and features (`rows`) of the training grid."""
+    The network is the plain one, except that a call translates t to its own clock (diffusion.on_clock): callers always
+    pass the t of diffusion.py, even to networks that were trained elsewhere. weights: 'ema' or 'raw'. The config of a
+    text-conditional network also holds `text`: the encoder's name, the features `null` of the empty caption, and the
+    captions and features (`rows`) of the training grid."""
     config, state = read(path, weights)
     try:
         info = config["info"]
@@ -152,7 +152,7 @@ def load(path, weights="ema", device="cpu"):
 
 
 def draw(net, config, wanted, ids, device):
-    """Pictures number `ids`, uint8 (B, 3, S, S), each from noise of its own.
+    """The pictures numbered `ids`, uint8 (B, 3, S, S), each from its own noise.
 
     config: as `load` returns it. wanted: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)]."""
     size, cond, null = config["info"]["size"], (), len(config["info"]["classes"])
@@ -230,7 +230,7 @@ def parse(argv):
 
 
 def settle(args, config):
-    """What was not asked for is taken from the run. UserError for what its network cannot do."""
+    """Fill in from the run what was not asked for. UserError for what its network cannot do."""
     cond = config["cond"]
     for name, needed in dict(classes="class", prompt="text", attend="text", encoder="text").items():
         if getattr(args, name) and cond != needed:
@@ -253,7 +253,7 @@ def settle(args, config):
 
 
 def with_files(prompts):
-    """The prompts asked for, [str], of which some may be the same: for @FILE its lines."""
+    """The prompts asked for, [str], with the lines of FILE in place of @FILE. Some may be the same."""
     found = []
     for prompt in prompts:
         if prompt.startswith("@"):
@@ -283,8 +283,8 @@ def classes_of(args, names):
 
 def features_of(prompts, args, text):
     """[float16 (L, d)] of the prompts, by the encoder that the network was trained with, and which of their tokens are
-    the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is gone when drawing begins."""
-    known = dict(zip(text["captions"], text["rows"]))                   # those need none
+    the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is freed before drawing."""
+    known = dict(zip(text["captions"], text["rows"]))                   # these need no encoder
     rows = [known.get(prompt) for prompt in prompts]
     familiar = all(row is not None for row in rows)
     if familiar and not args.attend:
@@ -292,7 +292,7 @@ def features_of(prompts, args, text):
     name = args.encoder or text["encoder"]
     encoder = data.load_encoder(name)
     here, there = torch.from_numpy(data.encode(encoder, [""])[0]).float(), text["null"].float()
-    if here.shape != there.shape or F.cosine_similarity(here, there).min() < 0.98:      # other devices round otherwise
+    if here.shape != there.shape or F.cosine_similarity(here, there).min() < 0.98:      # devices round differently
         fail(f"the encoder {name} makes other features of the empty caption than {text['encoder']} did, by which the "
              "network was trained: name where that one lies now with --encoder")
     if not familiar:
@@ -307,23 +307,23 @@ def features_of(prompts, args, text):
 
 @contextlib.contextmanager
 def attention_maps(net, marked, size):                                  # marked (B, L) bool
-    """`with attention_maps(...) as maps` sums up, until it ends, how much each place of the pictures reads tokens that
-    are marked, over all cross-attentions of a network and all its evaluations: maps (B, S, S). The network is left as
-    it is: hooks watch what goes into its cross-attentions, and compute their softmax once more."""
+    """`with attention_maps(...) as maps` sums how much each place of the pictures reads the marked tokens, over all
+    cross-attentions of a network and all its evaluations in the block: maps (B, S, S). The network stays as it is:
+    hooks watch the inputs of its cross-attentions and compute their softmax once more."""
     B, maps = len(marked), torch.zeros(len(marked), size, size)
 
     def watch(m, inputs, output):
-        x, text, mask = (part[:B] for part in inputs)                   # guidance's other half reads the null caption
+        x, text, mask = (part[:B] for part in inputs)                   # guidance's second half reads the null caption
         q, k = m.q(x), m.kv(text).chunk(2, dim=-1)[0]                   # (B, N, D), (B, L, D)
         q, k = (part.float().unflatten(-1, (m.heads, -1)).transpose(1, 2) for part in (q, k))
         scores = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None, None], -torch.inf)
-        side = int(scores.shape[2] ** 0.5)                              # of the grid; IU-ViT's time stands before it
+        side = int(scores.shape[2] ** 0.5)                              # of the grid; IU-ViT's time token precedes it
         chosen = marked[:, None, None, :mask.shape[1]].to(scores)
         read = (scores.softmax(-1) * chosen).sum(-1).mean(1)[:, -side * side:]          # (B, side^2)
         read = read.view(B, 1, side, side).cpu()
         maps.add_(F.interpolate(read, (size, size), mode="bilinear")[:, 0])
 
-    # by name, since each file of a network has a class of its own
+    # by name, since each backbone's file has its own class
     hooks = [m.register_forward_hook(watch) for m in net.modules() if type(m).__name__ == "CrossAttention"]
     if not hooks:
         fail("--attend shows cross-attention, and this network has none: it reads text in some other way")
@@ -335,8 +335,8 @@ def attention_maps(net, marked, size):                                  # marked
 
 
 def mark(word, prompts, encoder):
-    """bool (B, L): the tokens of the prompts that belong to the word, which may be several in a row."""
-    sought, rows = encoder.tokens([word])[0][:-1], encoder.tokens(prompts)      # without the mark of the end
+    """bool (B, L): the tokens of the prompts that make up the word, perhaps several in a row."""
+    sought, rows = encoder.tokens([word])[0][:-1], encoder.tokens(prompts)      # without the end token
     marked = torch.zeros(len(rows), data.MAX_TOKENS, dtype=torch.bool)
     for i, tokens in enumerate(rows):
         for j in range(min(len(tokens), data.MAX_TOKENS) - len(sought)):
@@ -348,7 +348,7 @@ def mark(word, prompts, encoder):
 
 
 def highlight(pictures, maps):
-    """uint8 (N, 3, S, S), maps (N, S, S) -> (N, 3, S, 2 S): right of each, it in grey, orange where its map is high."""
+    """uint8 (N, 3, S, S), maps (N, S, S) -> (N, 3, S, 2 S): right of each a grey copy, orange where its map is high."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     heat = ((maps - low) / (high - low).clamp(min=1e-9))[:, None].numpy()           # (N, 1, S, S) in [0, 1]
     grey = 0.5 * pictures.mean(1, keepdims=True)
@@ -359,7 +359,7 @@ def highlight(pictures, maps):
 # ---- weights of other people ---------------------------------------------------------------------------------
 
 def renamed(weights, theirs):
-    """weights by our names, {a part of theirs: of ours}, and with one more class: the null one, zero and untrained."""
+    """weights by our names, {part of theirs: part of ours}, with one more class: the null one, zero and untrained."""
     ours = {}
     for name, p in weights.items():
         for old, new in theirs.items():
@@ -368,12 +368,12 @@ def renamed(weights, theirs):
     return ours
 
 
-# A reader takes a file, {name: tensor}, and returns the arguments of our network, its state_dict, and facts, what the
-# network must be used with: see train.py's Config. Sizes are read from the file, so other widths and depths of the
-# known layouts will do. ValueError, one line, if it is another network.
+# A reader takes a file, {name: tensor}, and returns the arguments of our network, its state_dict, and the settings
+# it must be used with: see train.py's Config. Sizes are read from the file, so other widths and depths of the known
+# layouts will do. ValueError, one line, if it is another network.
 
-# The published files whose pictures are pixels: (side, patch, with classes). Common to all of them, and not to be seen
-# from shapes: heads of 64 channels, the linear schedule, eps, time as 999 t, and no class for "no class".
+# The published files that work on pixels: (side, patch, with classes). Common to all, but not visible in the weights'
+# shapes: heads of 64 channels, the linear schedule, eps, time as 999 t, and no class for "no class".
 UVIT_FILES = {(32, 2, False): "cifar10_uvit_small",
               (64, 4, False): "celeba64_uvit_small",
               (64, 4, True): "imagenet64_uvit_mid, imagenet64_uvit_large"}
@@ -403,9 +403,9 @@ def read_uvit(weights):
     return arguments, ours, dict(schedule="linear", prediction="eps", clock="uvit")
 
 
-# The layouts of ADM's published files: (dim_mults) -> what cannot be seen from shapes. Common to all:
+# The layouts of ADM's published files: (dim_mults) -> what shapes do not show. Common to all:
 # attention at 32, 16 and 8 pixels with heads of 64 channels, eps, T = 1000 steps numbered from 0, and no class for
-# "no class". In the legacy order the rows of qkv are sorted by head first, and then into q, k and v.
+# "no class". In the legacy order the rows of qkv are sorted by head first, and then by q, k and v.
 ADM_FILES = {(1, 2, 3, 4): dict(img_size=64, schedule="cosine", legacy=False),              # 64x64_diffusion
              (1, 1, 2, 2, 4, 4): dict(img_size=256, schedule="linear", legacy=True)}        # 256x256_*, lsun_*
 
@@ -456,7 +456,7 @@ def read_adm(weights):
     return arguments, ours, dict(schedule=known["schedule"], prediction="eps", clock="adm")
 
 
-# what to do with them, by a name that they hold
+# how to read a file, or else what it is, by a name that it holds
 READERS = {"in_blocks.0.norm1.weight": ("uvit", read_uvit), "input_blocks.0.0.weight": ("unet", read_adm)}
 FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.weight": "a U-Net of diffusers",
            "down.0.block.0.conv1.weight": "a U-Net of DDPM's PyTorch ports", "cls_token": "a ViT that classifies",
@@ -464,7 +464,7 @@ FOREIGN = {"x_embedder.proj.weight": "a DiT", "down_blocks.0.resnets.0.conv1.wei
 
 
 def read_published(path, whole, weights):
-    """What is in a file that is no checkpoint of train.py -> config and state_dict, as of `read`."""
+    """What is in a file that is no checkpoint of train.py -> config and state_dict, as from `read`."""
     model, reader = next((known for name, known in READERS.items() if name in whole), (None, None))
     if not reader:
         names = "entries like " + ", ".join(map(str, list(whole)[:3]))
@@ -505,7 +505,7 @@ def file_of(out, i):
 
 
 def what_decides(path, args, prompts):
-    """All that the pictures in a folder follow from, as JSON: the same command may go on with them later."""
+    """All that determines the pictures in a folder, as JSON: the same command may go on with them later."""
     parts = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
     weights = [f"{part.filename} {part.CRC}" for part in parts] or [str(path)]
     names = "n batch sampler steps cfg clip classes attend seed weights device dtype compile".split()
@@ -514,8 +514,8 @@ def what_decides(path, args, prompts):
 
 
 def check_places(args, command):
-    """Make the folders of --out and --npz. Fail now, and not after an hour of drawing, if they cannot be written to, or
-    if something would be overwritten; but a folder of the very pictures that are asked may be gone on with."""
+    """Make the folders of --out and --npz. Fail now, not after an hour of drawing, if they cannot be written to, or if
+    the folder --out holds anything but pictures that this same command has begun: those it goes on with."""
     folder, record = args.out.suffix != ".png", args.out / ASKED
     files = [file for file in (args.npz, not folder and args.out) if file]
     for place in [*(file.parent for file in files), *([args.out] if folder else [])]:
@@ -534,8 +534,8 @@ def check_places(args, command):
 
 
 def hold(out, command):
-    """Write into a folder of pictures what decides them -> the open file. As long as it is open, no other command can
-    draw into the folder."""
+    """Record in a folder of pictures what determines them -> the open file. While it is open, no other command can draw
+    into the folder."""
     f = open(out / ASKED, "a+b")
     if not data.lock(f):
         fail(f"another command is drawing into {out}: wait for it, or choose another --out")
@@ -549,7 +549,7 @@ def hold(out, command):
 
 @contextlib.contextmanager
 def errors_in_a_line(batch):
-    """What may go wrong while a network runs becomes one line."""
+    """What goes wrong while a network runs becomes one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -561,7 +561,7 @@ def errors_in_a_line(batch):
 
 
 def gather(drawn, rank, world):
-    """The dicts of all processes as one, on rank 0."""
+    """The dicts of all processes, merged on rank 0."""
     if world == 1:
         return drawn
     parts = [None] * world if rank == 0 else None
@@ -570,7 +570,7 @@ def gather(drawn, rank, world):
 
 
 def tell_score(pictures, asked, kinds, how):
-    """Print how many pictures show what was asked: classes or, if there are kinds of them, prompts."""
+    """Print how many pictures show what was asked: prompts if there are kinds of them, else classes."""
     if not kinds:
         score = data.score_shapes(pictures, asked)
         print(f"of {len(asked)} pictures, {score['both']:.1f}% show the asked shape and colour "
@@ -588,14 +588,14 @@ def main():
     rank, world = data.processes()
     device = pick_device(args.device)
     if world > 1:
-        # only finished pictures travel, for which rank 0 may have to wait as long as another one draws
+        # ranks exchange only finished pictures. Rank 0 may have to wait for them for as long as another one draws
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     path = args.ckpt or newest_run()
     net, config = load(path, args.weights, device)
     settle(args, config)
     model = torch.compile(net) if args.compile else net
 
-    # what is to be seen: image i shows class, or prompt, i mod their number
+    # what to draw: image i shows class, or prompt, i mod their number
     size, names = config["info"]["size"], config["info"]["classes"]
     wanted, asked, kinds, labels = [], None, None, None                 # asked: arr_1 of the .npz
     if config["cond"] == "class":
@@ -605,7 +605,7 @@ def main():
     elif config["cond"] == "text":
         prompts, kinds = args.prompt or config["text"]["captions"], ["as asked"] * args.n
         if args.score and not args.prompt:
-            prompts, kinds = data.asked_scenes(args.n)                  # whose pictures no training has seen
+            prompts, kinds = data.asked_scenes(args.n)                  # no training has seen their pictures
         rows, marked = features_of(prompts, args, config["text"])
         which = [i % len(prompts) for i in range(args.n)]
         wanted, labels = [rows[i] for i in which], [prompts[i] for i in which]
@@ -618,7 +618,7 @@ def main():
     command = what_decides(path, args, labels)
     check_places(args, command)
     if rank == 0 and folder:
-        held = hold(out, command)                                       # to the end of this function
+        held = hold(out, command)                                       # until this function ends
     if world > 1:
         dist.barrier()                                                  # all have looked, and the folder is ours
 
@@ -645,9 +645,9 @@ def main():
                 continue
             for i, picture in zip(ids, pictures):                       # kept there, and not in memory
                 unfinished = file_of(out, i).with_suffix(".part")
-                # not by data.write_file, which waits for the disk: for 50,000 pictures too often
+                # not by data.write_file, which waits for the disk every time: too slow for 50,000 pictures
                 Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
-                unfinished.replace(file_of(out, i))                     # whole, or not there
+                unfinished.replace(file_of(out, i))                     # complete, or not there
     drawn = gather(drawn, rank, world)
     if world > 1:
         dist.destroy_process_group()

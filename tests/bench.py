@@ -36,7 +36,7 @@ MODES = ["eager", "compiled", "grad-ckpt"]
 
 
 def seconds_of(f, device, at_least):
-    """The mean time of a call, over as many calls as take about `at_least` seconds, after four that warm up."""
+    """The mean time of a call, over as many calls as take about `at_least` seconds, after four to warm up."""
     def seconds(calls):
         start = time.perf_counter()
         for _ in range(calls):
@@ -51,7 +51,7 @@ def seconds_of(f, device, at_least):
 
 
 def peak_flops(device, dtype, at_least):
-    """Multiplications and additions a second of a large matrix product."""
+    """Multiplications and additions per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / seconds_of(lambda: a @ b, device, at_least)
@@ -100,7 +100,7 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     training = seconds_of(step, device, at_least)
-    memory = (torch.cuda.max_memory_reserved() if device.type == "cuda" else    # what CUDA graphs use counts here alone
+    memory = (torch.cuda.max_memory_reserved() if device.type == "cuda" else    # only this counts what CUDA graphs use
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     sampling = seconds_of(evaluate, device, at_least / 2)
     peak = peak_flops(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32, at_least / 4)
@@ -110,7 +110,7 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
 
 
 def row(*args):
-    """measure_row in a process of its own: a dict, or the last line of what went wrong."""
+    """measure_row in a process of its own: a dict, or the last line of its error."""
     done = subprocess.run([sys.executable, __file__, "--row", json.dumps(args)], capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.splitlines() or ["killed"])[-1]
@@ -134,7 +134,7 @@ def print_table(presets, argv, batch, dtypes, modes, at_least):
 
 
 def print_growth(dtype, batch, at_least):
-    """Images a second of a small IU-ViT and U-Net, one thing growing at a time."""
+    """Images per second of a small IU-ViT and U-Net, as one thing at a time grows."""
     def line(what, preset, argv):
         r = row(preset, argv, batch, dtype, "eager", at_least)
         numbers = r if isinstance(r, str) else (f"{r['params'] / 1e6:8.2f}M{r['gflops']:9.3f} GFLOPs"
@@ -159,7 +159,7 @@ def print_growth(dtype, batch, at_least):
 
 
 def speed_of_processes(n, dtype, batch, steps):
-    """Images a second of train.py under torchrun, `batch` pictures in each process, as its own log has it."""
+    """Images per second of train.py under torchrun, `batch` pictures in each process, from its own log."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--"]
         flags = ["--preset", "unet-shapes", "--batch", batch * n, "--steps", steps, "--log-every", steps // 2,

@@ -1,11 +1,11 @@
-"""Kill a run at random moments with SIGKILL, which no program can catch, and see whether it comes back: a script.
+"""Kill a run at random moments with SIGKILL, which no program can catch, and see whether it recovers: a script.
 
     python tests/crash.py                     20 kills of one process; prints a tally, exit code 1 if any check fails
     python tests/crash.py --kills 5 --processes 2
 
-A tiny network saves after every step, so that many of the kills fall into the writing of a checkpoint. After each,
-ckpt.pt must be absent (before the first was written) or whole; at the end the run must have the weights, averages,
-optimiser state and log of one that nobody disturbed, bit for bit.
+A tiny network saves after every step, so that many kills strike while a checkpoint is being written. After each,
+ckpt.pt must be absent (before the first was written) or whole. At the end the run must have the weights, averages,
+optimiser state and log of an undisturbed run, bit for bit.
 """
 import argparse
 import os

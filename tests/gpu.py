@@ -1,12 +1,12 @@
 """Whether this machine's GPU computes what its CPU does: a script that prints, not a test.
 
-    python tests/gpu.py             all backbones, of which each is compiled three times: minutes
+    python tests/gpu.py             all backbones, each compiled three times: minutes
     python tests/gpu.py iuvit
 
-Every backbone with every condition, tiny: how far outputs and gradients are from those of the CPU in float32, as
-|gpu - cpu| / |cpu|; in float32 also with gradient checkpointing and compiled, and in bfloat16. Then how often sampling
-makes Python wait for the GPU, as far as PyTorch's own watch sees it. It ends with 1 if float32 is off by more than
-1e-4, bfloat16 by more than 0.05, or a step of a sampler waits.
+For a tiny network of every backbone with every condition, it prints how far outputs and gradients are from the CPU's in
+float32, as |gpu - cpu| / |cpu|: in float32 (plain, with gradient checkpointing, and compiled) and in bfloat16. Then it
+prints how often sampling makes Python wait for the GPU, as far as PyTorch's sync debug mode sees it. The exit code is 1
+if float32 is off by more than 1e-4, bfloat16 by more than 0.05, or a step of a sampler waits.
 """
 import contextlib
 import copy
@@ -59,7 +59,7 @@ def waits(sampler, device):
     net, schedule = awake("unet", img_size=32).to(device), diffusion.Cosine()
     noise = diffusion.ImageNoise(range(4), (3, 32, 32), device)
     denoise = diffusion.denoiser(net, schedule, "v")
-    diffusion.sample(denoise, noise, schedule, sampler, 10)             # what happens once has happened
+    diffusion.sample(denoise, noise, schedule, sampler, 10)             # warm-up: some waits come only once
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -36,15 +36,15 @@ def to_float(pictures):
 
 
 def augment(x):
-    """Brighter or darker, a little blurred, a little noisy: samples are, and it is no reason to fail them."""
+    """Brighter or darker, a little blurred, a little noisy: samples are too, and must not fail for it."""
     shift, blur, noise = (torch.rand(len(x), 1, 1, 1) for _ in range(3))
     x = x + 0.3 * (shift - 0.5)                                         # at most 19 grey levels
     x = x.lerp(F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1), 0.7 * blur)
-    return x + 0.15 * noise * torch.randn_like(x)                       # at most 19 grey levels
+    return x + 0.15 * noise * torch.randn_like(x)                       # a deviation of at most 19 grey levels
 
 
 def train_judge(size=32, epochs=3, batch=64, seed=0):
-    """A convnet in eval mode that names the class of a picture, trained on the 20,000 real ones of the shapes set."""
+    """A convnet in eval mode that names the class of a picture, trained on the 20,000 pictures of the shapes set."""
     torch.manual_seed(seed)
     pictures, labels = data.draw_shapes(np.arange(data.SHAPE_COUNT), size)
     net, labels = convnet(), torch.from_numpy(labels)

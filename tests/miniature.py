@@ -1,13 +1,13 @@
-"""The paper in miniature: what it claims, put to small tests on drawn shapes. A script: hours in all, on two cores.
+"""The paper in miniature: its claims, put to small tests on drawn shapes. A script: hours in all, on two cores.
 
-    python tests/miniature.py                     what is not there yet, one run on each core; then the tables
+    python tests/miniature.py                     all missing runs, one on each core; then the tables
     python tests/miniature.py head-ffn text       some of the experiments
     python tests/miniature.py --tables            no runs, only tables and figures of those that are finished
 
-A run is a command of train.py and lies in runs/miniature/; killed, it goes on where it was. All runs of an experiment
-spend equal numbers of floating-point operations on training (a step counts as three forwards), so that a larger network
-takes fewer steps. What is compared is the loss on pictures that no training has seen, and what the scorer of data.py
-makes of samples. The tables go into README.md, between the comments that name them, and the figures into assets/.
+A run is a command of train.py and lies in runs/miniature/; if killed, it goes on where it was. All runs of an
+experiment spend equal numbers of floating-point operations on training (a step counts as three forwards), so a larger
+network takes fewer steps. They are compared by the loss on pictures that no training has seen, and by data.py's scores
+of samples. The tables go into README.md, between the comments that name them, and the figures into assets/.
 """
 import argparse
 import json
@@ -32,21 +32,21 @@ import train
 
 # ---- what is tried -----------------------------------------------------------------------------------------
 
-TERAFLOPS = 10          # of training, a run: one to eight minutes of one core
+TERAFLOPS = 10          # of training per run: one to eight minutes on one core
 FOLDER = ROOT / "runs" / "miniature"
-LONG_RUN = ROOT / "runs" / "unet-shapes" / "ckpt.pt"        # of `python train.py`: the experiments with sampling
+LONG_RUN = ROOT / "runs" / "unet-shapes" / "ckpt.pt"        # of `python train.py`, for the experiments with sampling
 
 
 def net(**changes):
     return ["--net", json.dumps(changes)]
 
 
-# as the other presets, so that losses compare: of v, and at the same times
+# as in the other presets, so that losses are comparable: of v, and at the same times
 TIMES = ["--time-shift", str(train.LAPTOP["time_shift"]), "--time-spread", str(train.LAPTOP["time_spread"])]
 ASCEND = ["--preset", "ascend-shapes", "--prediction", train.LAPTOP["prediction"], *TIMES]
 TEXT = ["--preset", "iuvit-shapes-text", *TIMES]
 
-# name of a run -> flags of train.py. Several experiments may show the same run
+# name of a run -> flags of train.py. Experiments may share a run
 RUNS = {
     "unet":             ["--preset", "unet-shapes"],
     "uvit":             ["--preset", "uvit-shapes"],
@@ -109,7 +109,7 @@ def command(run, seed):
     """The command line of a run, and the facts of its row."""
     config, _, _ = train.parse(RUNS[run])
     info = data.describe(data.captioned_name(config.data) if config.cond == "text" else config.data, config.data_dir)
-    params, flops = train.measure(config, info, tokens=16)  # as many as captions of shapes have, with padding
+    params, flops = train.measure(config, info, tokens=16)  # as captions of shapes have, with padding
     steps = round(TERAFLOPS * 1e12 / (3 * flops * config.batch))
     argv = [*RUNS[run], "--seed", seed, "--steps", steps, "--out", FOLDER / f"{run}-{seed}",
             "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2,
@@ -136,7 +136,7 @@ def losses_of(network, config):
     """The mean loss in each quarter of t, on held-out pictures with the same noise for all."""
     x0, cond = held_out(config)
     t = (torch.arange(len(x0)) + 0.5) / len(x0)
-    t = t[torch.randperm(len(x0), generator=torch.Generator().manual_seed(0))]    # no picture's number tells its t
+    t = t[torch.randperm(len(x0), generator=torch.Generator().manual_seed(0))]    # t must not follow from the number
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     schedule = diffusion.SCHEDULES[config["schedule"]]
     parts = [diffusion.loss(network, *(p[i:i + 64] for p in (x0, t, eps)), schedule, config["prediction"],
@@ -173,7 +173,7 @@ def train_and_judge(run, seed):
     facts["minutes"] = data.read_checkpoint(out / "ckpt.pt")["seconds"] / 60
     facts["loss"] = losses_of(network, config)
     call("sample.py", "--ckpt", out / "ckpt.pt", "--n", SCORED, "--score", "--npz", out / "samples.npz", "--out",
-         out / "samples.png")                               # --score: of text, it asks for held-out scenes
+         out / "samples.png")                               # --score: for text, it asks for unseen scenes
     facts["score"] = score_of(out / "samples.npz")
     data.write_file(out / "result.json", lambda f: f.write(json.dumps(facts, indent=1).encode()))
 
@@ -200,7 +200,7 @@ def mean(numbers, form="{:.1f}"):
 
 
 def results(rows, seeds):
-    """{row: [result of each seed that is finished]} of the rows that have any."""
+    """{row: [result of each finished seed]} for the rows that have any."""
     found = {row: [read(FOLDER / f"{run}-{seed}" / "result.json") for seed in range(seeds)]
              for row, run in rows.items()}
     return {row: [result for result in each if result] for row, each in found.items() if any(each)}
@@ -208,7 +208,7 @@ def results(rows, seeds):
 
 def table(name):
     """Markdown, a list of lines; empty if nothing is finished."""
-    if name in SAMPLING:                                    # one row for all numbers at the end of a label
+    if name in SAMPLING:                                    # labels that differ only in their last number share a row
         found = {}
         for label in SAMPLING[name]:
             if result := read(FOLDER / f"{name}-{label}.json"):
@@ -240,7 +240,7 @@ def table(name):
 
 
 def figure(name):
-    """For each row samples of its first seed, all from the same noises, and the loss of every seed as a dot."""
+    """For each row: samples of its first seed, all from the same noise, and the loss of every seed as a dot."""
     seeds, rows = EXPERIMENTS[name]
     found = results(rows, seeds)
     if not found:
@@ -272,7 +272,7 @@ def figure(name):
 
 
 def side_by_side(strips, name):
-    """Four pictures of each run down its training, {title: its progress.png}, into assets/, if all are there."""
+    """Draw into assets/ how four pictures of each run change in training, from {title: progress.png}, if all exist."""
     if not all(file.exists() for file in strips.values()):
         return
     strips = {title: Image.open(file).convert("RGB") for title, file in strips.items()}
@@ -285,7 +285,7 @@ def side_by_side(strips, name):
 
 
 def write_tables():
-    """Put every table that has a row between its comments in README.md, and draw its figure."""
+    """Put every table that has rows between its comments in README.md, and draw its figure."""
     file = ROOT / "README.md"
     text = file.read_text()
     for name in [*EXPERIMENTS, *SAMPLING]:
@@ -320,7 +320,7 @@ def main():
         name, which = args.do
         return train_and_judge(name, int(which)) if name in RUNS else draw_and_judge(name, which)
 
-    # what is to be done, in the order of the experiments; each job in a process of its own
+    # the jobs, in the order of the experiments, each in a process of its own
     names, todo = args.names or [*EXPERIMENTS, *SAMPLING], {}
     for name in [] if args.tables else names:
         if name in SAMPLING:

@@ -1,12 +1,12 @@
-"""What a word of the condition is worth to a network: by how much its loss rises if the condition names something else.
+"""What a word of the condition is worth to a network: how much its loss rises if that word is wrong.
 
     python tests/worth.py runs/unet-shapes/ckpt.pt
     python train.py --model iuvit --cond text --keep-every 1000
     python tests/worth.py runs/iuvit-shapes-text/ckpt_*.pt --t 0.9
 
-For networks that were trained on drawn shapes. They see new pictures (numbers from 20,000 on) under noise, with the
-right condition, and then, all else equal, with a wrong one. Where the loss stays the same, that word is not read: what
-becomes of it in samples is chance. It tells earlier and finer than samples do what has been learnt.
+For networks that were trained on drawn shapes. They see new pictures (numbers from 20,000 on) under noise, first with
+the right condition and then, all else equal, with a wrong one. If the loss stays the same, the network does not read
+that word, and samples get it right only by chance. The loss shows sooner and more finely than samples what is learnt.
 """
 import argparse
 import sys
@@ -22,7 +22,7 @@ import sample
 
 
 def other(value, values, i):
-    """One of the other values, by turns."""
+    """One of the other values, in turn."""
     values = [v for v in values if v != value]
     return values[i % len(values)]
 
@@ -35,7 +35,7 @@ def wrong_classes(labels):
 
 
 def wrong_captions(captions):
-    """Captions as draw_scene has them, all of one object or all of two -> {what is wrong: captions}."""
+    """Captions like draw_scene's, all with one object or all with two -> {what is wrong: captions}."""
     relations = list(data.RELATIONS)
 
     def opposite(relation):
@@ -54,7 +54,7 @@ def wrong_captions(captions):
     def replace(k, values):
         return change(lambda p, i: [*p[:k], other(p[k], values, i), *p[k + 1:]])
 
-    def exchange(k):                                    # the same word of the first thing and of the second
+    def exchange(k):                                    # swap a word of the first thing with the second's
         return change(lambda p, i: [p[k + 5] if j == k else p[k] if j == k + 5 else v for j, v in enumerate(p)])
 
     if parts(captions[0])[4] is None:
