@@ -7,16 +7,16 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
                        |          |   |   |           |          |       |                 v
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <-----+              decoder
 
-Time (and class, and the mean of a text) enter as scale and shift of both norms of every Swin layer, and of the second
-of every ResBlock; a text is also read word by word, by cross-attention after each Attn (assumed: where ADM attends).
-Against unet.py: Swin blocks in place of the encoder's ResBlocks, convolutions that change the resolution, and by
-default global attention at 8 pixels too. The paper's ablation is four arguments: encoder, decoder, resample, and skips
-(which connections it cut is not known: assumed).
-A name that two files of backbones share is the same code in both, so that each can be read, and copied, alone:
-ResBlock, for one, is unet.py's, though nothing here resamples inside of it.
+Time (and class, and the mean of a text) enters as scale and shift of both norms of every Swin layer, and of the second
+norm of every ResBlock. Text is also read token by token, by cross-attention after each Attn (assumed: where ADM
+attends). Compared with unet.py, Swin blocks replace the encoder's ResBlocks, convolutions change the resolution, and by
+default there is global attention at 8 pixels too. The paper's ablation is four arguments: encoder, decoder, resample,
+and skips (it is not known which connections the paper cut; cutting all is assumed).
+A name that two backbone files share is the same code in both, so that each file can be read, and copied, alone.
+ResBlock, for one, is unet.py's, although nothing here resamples inside it.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
 L tokens of a text.
-Needs torch and einops alone. MIT licence, (c) 2026 the maintainers.
+Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
 """
 import math
 
@@ -38,7 +38,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(module):
-    """Start the last layer of a branch at zero: a residual block begins as its shortcut, an output as 0."""
+    """Start the last layer of a branch at zero, so that a residual block starts as its shortcut and an output as 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -51,9 +51,9 @@ def masked_mean(tokens, mask):
 
 
 def relative_index(w):
-    """(w*w, w*w) int64: for a query and a key in one window, which of the (2w-1)^2 relative positions they have."""
+    """(w*w, w*w) int64: for each query and key of a window, which of the (2w-1)^2 relative positions they have."""
     y, x = torch.arange(w * w) // w, torch.arange(w * w) % w            # row and column of a position
-    dy, dx = y[:, None] - y + w - 1, x[:, None] - x + w - 1             # query minus key, from 0 to 2w - 2
+    dy, dx = y[:, None] - y + w - 1, x[:, None] - x + w - 1             # query minus key, shifted to 0 .. 2w - 2
     return dy * (2 * w - 1) + dx
 
 
@@ -68,25 +68,25 @@ def shift_mask(size, w, shift):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
-    to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
+    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). The mask broadcasts to
+    (B, heads, N, M): if bool, it says which of the M keys are read; if float, it is a bias, added to the scores.
 
-    By PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (only Swin's, in
-    ascend.py, does), and without a mask in bfloat16 their gradient takes two to four times as long as the formula's."""
+    It uses PyTorch's fused kernels, except in two cases of training on a CPU: they support no learned bias (only
+    Swin's, in ascend.py), and in bfloat16 without a mask their gradient takes 2 to 4 times as long as the formula's."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that comes here is a bias
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that gets here is a bias
 
 
 class WindowAttention(nn.Module):
     """Self-attention within windows of w x w positions, with a learned bias for each relative position.
 
-    With shift, the windows lie w/2 further right and down, so that information crosses the borders of the others.
-    The windows of one picture stand beside the heads, (windows * heads), so that one attention call with
-    one bias does them all."""
+    With a shift, the windows lie w/2 further right and down, so that information crosses the borders of the unshifted
+    ones. The windows of a picture share an axis with the heads, (windows * heads), so that one attention call with
+    one bias handles them all."""
 
     def __init__(self, dim, head_dim, size, window, shift):
         super().__init__()
@@ -113,9 +113,9 @@ class WindowAttention(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """At most ADM's 32 groups, each of at least 4 channels: a norm of one channel would erase its mean. Computed in
-    its weights' float32 also under autocast, as CUDA's does by itself: a CPU's bfloat16 kernel takes three times as
-    long."""
+    """At most 32 groups, as in ADM, of at least 4 channels each: a group of one channel would erase its mean. It is
+    computed in float32, the dtype of its weights, even under autocast. CUDA does so by itself; on a CPU, the bfloat16
+    kernel takes three times as long."""
 
     def __init__(self, channels):
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
@@ -127,9 +127,9 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype))
 
     def by_hand(self, x):
-        """forward in simple operations, for torch.compile on a GPU. PyTorch's own copies channels_last maps to channels
-        first there, and the next convolution copies them back, which took a fifth of a step. Sums over H and W need no
-        copies."""
+        """forward in simple operations, for torch.compile on a GPU. There, PyTorch's own group norm copies maps from
+        channels_last to channels first, and the next convolution copies them back; together this took a fifth of a
+        step. Sums over H and W need no copies."""
         x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
         channel_var, channel_mean = (m.unflatten(1, (self.num_groups, -1))          # (B, groups, C/groups)
                                      for m in torch.var_mean(x, dim=(2, 3), correction=0))
@@ -142,13 +142,13 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Timed(nn.Module):
-    """A module that reads the embedding of time (and class, and the mean of a text) beside the map: forward(x, emb)."""
+    """A module that also reads the embedding of time (and class, and the mean of a text): forward(x, emb)."""
 
 
 class SwinLayer(Timed):
-    """Pre-norm Transformer layer on a map, attention in windows. Time enters as scale and shift of both norms
-    (adaptive layer norm; assumed, the paper does not say how). Its branches start as PyTorch's layers do, not at zero
-    (assumed; Swin starts them with weights of std 0.02)."""
+    """Pre-norm Transformer layer on a map, with attention in windows. Time enters as scale and shift of both norms
+    (adaptive layer norm; assumed, the paper does not say how). Both branches start from PyTorch's default weights, not
+    from zero (assumed; Swin starts from weights of std 0.02)."""
 
     def __init__(self, dim, head_dim, size, window, shift, emb_dim, dropout):
         super().__init__()
@@ -168,8 +168,8 @@ class SwinLayer(Timed):
 
 
 class SwinBlock(Timed):
-    """Two Swin layers, the second with shifted windows (paper, Sec. 5); where one window covers the map there is no
-    shift. A 1x1 convolution, where the width changes, comes first."""
+    """Two Swin layers, the second with shifted windows (paper, Sec. 5), unless one window covers the whole map. If the
+    width changes, a 1x1 convolution comes first."""
 
     def __init__(self, in_channels, out_channels, head_dim, size, window, emb_dim, dropout):
         super().__init__()
@@ -190,8 +190,8 @@ class SwinBlock(Timed):
 class ResBlock(Timed):
     """ADM's residual block: two convolutions; time enters as scale and shift between them.
 
-    resample: None, 'down' (average pool) or 'up' (nearest) inside the block, between norm and first
-    convolution, on both branches (BigGAN's way of changing resolution)."""
+    resample: None, 'down' (average pool) or 'up' (nearest) inside the block, both between norm and first
+    convolution and on the shortcut (BigGAN's way of changing resolution)."""
 
     def __init__(self, in_channels, out_channels, emb_dim, dropout=0.0, resample=None):
         super().__init__()
@@ -214,7 +214,7 @@ class ResBlock(Timed):
 
 
 class SpatialAttention(nn.Module):
-    """Global self-attention between all positions of a feature map, heads of `head_dim` channels."""
+    """Global self-attention between all positions of a feature map, in heads of `head_dim` channels."""
 
     def __init__(self, channels, head_dim):
         super().__init__()
@@ -233,7 +233,7 @@ class SpatialAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding weighs nothing."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight."""
 
     def __init__(self, dim, heads, text_dim):
         super().__init__()
@@ -265,7 +265,7 @@ class TextAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """DDPM's down-sampling, a 3x3 convolution of stride 2, padded as ADM's code does it."""
+    """DDPM's down-sampling, a 3x3 convolution of stride 2, padded as in ADM's code."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, stride=2, padding=1)
@@ -284,7 +284,7 @@ class Upsample(nn.Module):
 
 
 class PatchMerge(nn.Module):
-    """Swin's down-sampling: the four pixels of every 2x2 patch side by side, norm, linear 4C -> C. (Swin's own goes to
+    """Swin's down-sampling: concatenate the four pixels of every 2x2 patch, norm, linear 4C -> C. (Swin's own goes to
     2C; here, as in the other networks, the next block changes the width.)"""
 
     def __init__(self, channels):
@@ -299,7 +299,7 @@ class PatchMerge(nn.Module):
 
 
 class PatchExpand(nn.Module):
-    """The reverse (Swin-Unet, arXiv 2105.05537): linear C -> 4C, which become a 2x2 patch of C, norm."""
+    """The reverse (Swin-Unet, arXiv 2105.05537): linear C -> 4C, rearrange to a 2x2 patch of C, norm."""
 
     def __init__(self, channels):
         super().__init__()
@@ -314,7 +314,7 @@ class PatchExpand(nn.Module):
 
 
 class Layer(nn.Sequential):
-    """A few modules in a row, of which the Timed ones also read the embedding, and TextAttention the text."""
+    """A few modules in sequence. Timed ones also read the embedding, and TextAttention also reads the text."""
 
     def forward(self, x, emb, text):                                    # emb (B, E), text (tokens, mask) or ()
         for module in self:
@@ -332,25 +332,25 @@ class Layer(nn.Sequential):
 
 
 class ASCEND(nn.Module):
-    """ASCEND. Defaults: a CIFAR-10 model of the size of the paper's others (48,038,075 parameters). Width, depth,
-    window and places of global attention are assumed, as the values of the paper's table of settings are not available
-    to us; so are the first convolution at full size, the convolutional middle, and a skip after every layer.
+    """ASCEND. Defaults: a CIFAR-10 model the size of the paper's others (48,038,075 parameters). Width, depth, window
+    and places of global attention are assumed, because the values in the paper's table of settings are not available to
+    us. Also assumed: the first convolution at full size, the convolutional middle, and a skip after every layer.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
     not divide into windows."""
 
     def __init__(self,
-                 img_size=32,               # pixels a side
+                 img_size=32,               # pixels per side
                  channels=3,                # image channels
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
-                 num_blocks=2,              # blocks a level (the decoder has one more)
+                 num_blocks=2,              # blocks per level (the decoder has one more)
                  attn_sizes=(16, 8),        # map sizes with global attention after each block; the middle always has it
                  head_dim=64,               # channels per attention head
                  window=8,                  # side of a window; smaller maps are one window
-                 encoder="swin",            # blocks of the encoder, 'swin' or 'conv': the ResBlocks of a U-Net
-                 decoder="conv",            # blocks of the decoder, 'conv' or 'swin'
-                 skips=True,                # False: the decoder sees the last map alone
+                 encoder="swin",            # blocks of the encoder: 'swin', or 'conv' for a U-Net's ResBlocks
+                 decoder="conv",            # blocks of the decoder: 'conv' or 'swin'
+                 skips=True,                # False: the decoder sees only the last map
                  resample="conv",           # 'conv', or 'merge': Swin's patch merging, and expanding (default assumed)
                  dropout=0.1,
                  num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
@@ -403,7 +403,7 @@ class ASCEND(nn.Module):
         # middle
         self.middle = Layer(ResBlock(C, C, E, dropout), *attention(C), ResBlock(C, C, E, dropout))
 
-        # decoder: one layer for each of the encoder's, which gives it its skip
+        # decoder: one layer for each layer of the encoder, whose output is its skip
         self.use_skips = skips
         widths = [layer.out_channels if skips else 0 for layer in self.encoder]
         self.decoder = nn.ModuleList()
@@ -416,16 +416,16 @@ class ASCEND(nn.Module):
                     size *= 2
                 self.decoder.append(Layer(*layer))
 
-        # head: starts at zero (as ADM's), so the first prediction is 0 and the first loss is E|target|^2, 1 for eps
+        # head: starts at zero (as in ADM), so the first prediction is 0 and the first loss is E|target|^2, 1 for eps
         self.norm = GroupNorm(C)
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
     def forward(self, x, t, y=None, mask=None):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
-        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding, any finite numbers (no mask: none is). Every text needs a real
-        token: if it has none, a GPU's bfloat16 kernel reads the padding."""
+        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
+        at padding tokens, which may hold any finite numbers; without a mask there is no padding. Every text
+        needs a real token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.img_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
@@ -436,9 +436,9 @@ class ASCEND(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # The paper concatenates the vectors of text and time. Here that happens before the last layer of time's
-            # MLP: with its hidden vector a and the text's mean b, W a + V b = [W V] [a; b]. (Place and norm are
-            # assumed; concatenated before the first layer instead, colours were learnt later.)
+            # The paper concatenates the vectors of text and time. Here this happens before the last layer of the time
+            # MLP: for its hidden vector a and the mean b of the text, W a + V b = [W V] [a; b]. (The place and the norm
+            # are assumed. With concatenation before the first layer, colours were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
@@ -447,7 +447,7 @@ class ASCEND(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            skip = skips.pop()                                          # each once; in the ablation it is dropped
+            skip = skips.pop()                                          # each is used once; the ablation drops it
             h = layer(torch.cat([h, skip], dim=1) if self.use_skips else h, emb, text)  # back up, level by level
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 

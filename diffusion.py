@@ -5,11 +5,11 @@
     sample     start at x ~ N(0, I), t = t_max; walk t down to 0 with denoise(x, t) ~ E[x_0 | x_t]  (Eq. 2-3)
 
 Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1]; the paper's T = 1000 steps are
-t = 1/1000 .. 1. Apart from the clocks, this file never knows which network it has, nor what its condition is: any
-f(x, t, *cond) of the right shape will do, where cond is the tuple of what the network takes beside x and t: () for
-nothing, (y,) for classes, (features, mask) for text.
+t = 1/1000 .. 1. Apart from the clocks, nothing here depends on the network or its condition: any f(x, t, *cond)
+of the right shape will do. cond is the tuple of what the network takes besides x and t: () for nothing, (y,) for
+classes, (features, mask) for text.
 
-Needs torch alone. MIT licence, (c) 2026 the maintainers.
+Needs only torch. MIT licence, (c) 2026 the maintainers.
 """
 import functools
 import math
@@ -18,10 +18,10 @@ import torch
 
 
 # ---- schedules ---------------------------------------------------------------------------------------
-# A schedule has alpha(t) and sigma(t), alpha^2 + sigma^2 = 1, from the picture at t = 0 to noise at t = 1, for t a
-# Python float or a tensor of any shape. For the samplers it also has t_max, where alpha is not yet 0,
-# lam(t) = log(alpha / sigma), half the log signal-to-noise ratio, and the inverse t_of_lam(lam). They pass Python
-# floats, which are float64 everywhere, also on devices that have no float64 tensors.
+# A schedule has alpha(t) and sigma(t) with alpha^2 + sigma^2 = 1, from the picture at t = 0 to noise at t = 1; t is a
+# Python float or a tensor of any shape. For the samplers it also has t_max, where alpha is not yet 0;
+# lam(t) = log(alpha / sigma), half the log signal-to-noise ratio; and its inverse t_of_lam(lam). Samplers pass Python
+# floats, which are float64 everywhere, even on devices without float64 tensors.
 
 def math_of(t):
     return torch if torch.is_tensor(t) else math        # both have exp, expm1, log, sqrt, sin and cos
@@ -56,7 +56,7 @@ class Cosine:
 
     alpha(t) = cos(a) / cos(a_0), a = (t + s) / (1 + s) * pi / 2, s = 0.008."""
     s = 0.008
-    t_max = 0.99997                                     # alpha^2 = 2e-9: at t = 1 alpha is 0 and x_0 lost for good
+    t_max = 0.99997                                     # alpha^2 = 2e-9; at t = 1 alpha is 0, and x_0 is lost for good
 
     def angle(self, t):
         return (t + self.s) / (1 + self.s) * math.pi / 2
@@ -80,25 +80,25 @@ SCHEDULES = dict(linear=Linear(), cosine=Cosine())
 
 
 # ---- clocks ------------------------------------------------------------------------------------------
-# Networks trained elsewhere count time in their own way. All multiply their t by 1000, to come to T = 1000 steps; a
-# clock turns the t of this file, at which a picture has noise sigma(t), into the t that such a network has learnt.
+# Networks trained elsewhere count time in their own way. All networks multiply their t by 1000, to get T = 1000 steps.
+# A clock turns the t of this file, at which a picture has noise sigma(t), into the t such a network was trained with.
 
 CLOCKS = dict(
     plain=lambda t: t,                                  # ours: steps 1 .. 1000 are t = 1/1000 .. 1
     uvit=lambda t: 0.999 * t,                           # U-ViT's scripts give the network 999 t
-    adm=lambda t: (t - 0.001).clamp(min=0))             # ADM's number the same steps 0 .. 999
+    adm=lambda t: (t - 0.001).clamp(min=0))             # ADM numbers the same steps 0 .. 999
 
 
 def on_clock(net, name):
-    """net itself, with a hook that translates t: net(x, t, *cond) from now on takes the t of this file, and whoever
-    draws or trains with it need not know of clocks. (net.forward, called directly, translates nothing.)"""
+    """net itself, with a hook that translates t. From now on net(x, t, *cond) takes the t of this file, so that
+    training and sampling need not know about clocks. (Calling net.forward directly bypasses the hook.)"""
     if name != "plain":
         net.register_forward_pre_hook(functools.partial(translate, name), with_kwargs=True)
     return net
 
 
 def translate(clock, net, args, kwargs):
-    """What the network of a clock is called with, from what a caller gives it (a forward pre-hook)."""
+    """A forward pre-hook: the arguments of a call, with t translated to the network's clock."""
     if "t" in kwargs:
         return args, {**kwargs, "t": CLOCKS[clock](kwargs["t"])}
     return (args[0], CLOCKS[clock](args[1]), *args[2:]), kwargs
@@ -107,22 +107,22 @@ def translate(clock, net, args, kwargs):
 # ---- learning ----------------------------------------------------------------------------------------
 
 def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
-    """n times in [0, 1], each uniform (the paper) for shift 1 and spread 1.
+    """n times in [0, 1]. With shift 1 and spread 1 each is uniform (the paper).
 
     shift > 1 favours high noise (the time shift of Esser et al., arXiv 2403.03206, Eq. 23): shift / (1 + shift)
-    becomes the median. spread < 1 gathers the times around it, as logit-normal ones are (same paper, Eq. 19).
-    The n are not independent but evenly spaced, from a random start (assumed, in the paper's runs too): losses differ
-    so much over t that covering it evenly makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
+    becomes the median. spread < 1 gathers the times around it, as a logit-normal does (same paper, Eq. 19).
+    The n times are not independent but evenly spaced from a random start (assumed, for the paper's runs too): the loss
+    varies so much with t that even coverage makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
-    return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # spread and shift work on log-odds
+    return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # spread and shift act on log-odds
 
 
 def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
     """Mean squared error of each image, (B,): the simple, unweighted loss of Eq. 4.
 
-    x0, eps (B, C, H, W), t (B,), cond tensors of B rows. prediction 'v' is Salimans & Ho's target
+    x0, eps (B, C, H, W), t (B,), cond: tensors of B rows. prediction 'v' is Salimans & Ho's target
     (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma): unlike eps it also asks for
-    x_0 where x_t is all noise, so it learns layout much sooner."""
+    x_0 where x_t is all noise, so the network learns layout much sooner."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     target = eps if prediction == "eps" else alpha * eps - sigma * x0
@@ -147,13 +147,13 @@ def clip_x0(x0, how):
 def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip="static", cond_fn=None, cond_scale=1.0):
     """denoise(x, t) -> x0 for the samplers below: x (B, C, H, W), t a float, x0 like x.
 
-    cond, null: tuples of tensors, the condition and the null condition of the batch, equal in number and shapes: the
-    null class, or features and mask of the empty text. scale: classifier-free guidance,
+    cond, null: the condition and the null condition of the batch (the null class, or features and mask of the empty
+    text), as tuples of tensors, equal in number and shapes. scale: classifier-free guidance,
         out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
-    clip: see clip_x0; 'none' for what is no picture in [-1, 1], such as an autoencoder's latents.
+    clip: see clip_x0; 'none' for anything but pictures in [-1, 1], such as an autoencoder's latents.
     cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
-    It adds cond_scale * sigma^2 / alpha * gradient to x0, which is what adding it to the score means. (For
+    cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score. (For
     notebooks: no command here has such a classifier.)"""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     assert scale == 1 or len(cond) == len(null), "guidance needs a null condition of as many tensors as cond has"
@@ -164,7 +164,7 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
         if not cond or scale == 1:
             return net(x, t, *cond).float()
         with_cond, without = net(torch.cat([x, x]), torch.cat([t, t]), *both).float().chunk(2)
-        return without + scale * (with_cond - without)          # of eps, v or x0: each is affine in the others
+        return without + scale * (with_cond - without)          # for eps, v or x0 alike: each is affine in the others
 
     def denoise(x, t):
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -179,29 +179,29 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     return denoise
 
 
-# ---- time grids: `steps` times, decreasing from t_max, and 0 --------------------------------------------
+# ---- time grids: `steps` times, decreasing from t_max, then 0 -------------------------------------------
 
 T_MIN = 1e-3        # the last step goes from here straight to 0; sigma here is 0.01 (cosine: 0.006), one grey level
 
 
 def uniform_times(schedule, steps):
-    """Evenly spaced in time, for many small steps, as Euler-Maruyama needs them."""
+    """Evenly spaced in time, for the many small steps that Euler-Maruyama needs."""
     return [schedule.t_max + (T_MIN - schedule.t_max) * i / max(1, steps - 1) for i in range(steps)] + [0.0]
 
 
 def logsnr_times(schedule, steps):
-    """Evenly spaced in log-SNR, for few large steps: the exact solution is smooth in lam, not in t. What the cosine
-    schedule has below lam = -5.1, a third of its range, is left to the first step: the picture is 0.6% of x there, and
-    hardly anything is decided. (The linear one begins at -5.02, and is even throughout.)"""
+    """Evenly spaced in log-SNR, for few large steps: the exact solution is smooth in lam, not in t. The first step
+    covers all that the cosine schedule has below lam = -5.1, a third of its range: there the picture is at most 0.6% of
+    x, and hardly anything is decided. (The linear schedule begins at -5.02, so it is even throughout.)"""
     start, end = max(schedule.lam(schedule.t_max), -5.1), schedule.lam(T_MIN)
     inner = [schedule.t_of_lam(start + (end - start) * i / (steps - 1)) for i in range(1, steps)]
     return [schedule.t_max] + inner + [0.0]
 
 
-# ---- samplers: denoise(x, t) -> x0, a start x ~ N(0, I), a grid of times that ends in 0 -------------------
+# ---- samplers: denoise(x, t) -> x0, a start x ~ N(0, I), a grid of times that ends at 0 -------------------
 
 def carry(x, x0, t, s, schedule):
-    """Carry x from time t > 0 to s, holding x0 and the noise that it implies fixed."""
+    """Carry x from time t > 0 to s, keeping x0 and the noise that it implies fixed."""
     eps = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
     return schedule.alpha(s) * x0 + schedule.sigma(s) * eps
 
@@ -209,21 +209,21 @@ def carry(x, x0, t, s, schedule):
 @torch.no_grad()
 def em(denoise, x, times, schedule, noise):
     """Euler-Maruyama on the reverse SDE (Song et al., arXiv 2011.13456, Eq. 6); noise() -> N(0, I) like x. For small
-    steps this is Eq. 2-3, but the noise has variance beta here, and there the posterior's, which is smaller near the
-    picture.
+    steps this is Eq. 2-3, except that the noise has variance beta here and the posterior's variance there, which is
+    smaller near the picture.
 
-    First order, so its error falls only as 1 / steps. Each step replaces the part beta (below) of x's variance by fresh
-    noise, and holds the score meanwhile. So beta must be small, except near t = 1, where x is all noise anyway: on the
-    linear schedule at t = 0.5 it is 0.4 in 20 steps, and 0.01 in the paper's 1000. Fresh noise has a use: it mends what
-    the network did wrong before."""
+    First order, so its error falls only as 1 / steps. Each step replaces a fraction beta (below) of x's variance by
+    fresh noise, with the score held fixed. So beta must be small, except near t = 1, where x is all noise anyway: on
+    the linear schedule at t = 0.5 it is 0.4 with 20 steps, and 0.01 with the paper's 1000. Fresh noise is useful: it
+    corrects earlier mistakes of the network."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
-        # Eq. 1's beta_t, of the forward step from s to t: beta(t) (t - s) if they are close, but below 1 also where the
-        # cosine's rate goes to infinity
+        # beta_t of Eq. 1, for the forward step from s to t: about beta(t) (t - s) if they are close, but below 1 even
+        # where the cosine's rate goes to infinity
         beta = 1 - (schedule.alpha(t) / schedule.alpha(s))**2
         x = x + beta * (x / 2 + score)
-        if s > 0:                                               # no noise into the picture itself
+        if s > 0:                                               # no noise in the picture itself
             x = x + math.sqrt(beta) * noise()
     return x
 
@@ -240,13 +240,13 @@ def ddim(denoise, x, times, schedule, noise=None):
 @torch.no_grad()
 def dpm(denoise, x, times, schedule, noise=None):
     """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, Alg. 2): DDIM's step, with x0 extrapolated in lam from the last
-    two evaluations to the middle of the step. What is linear in x is solved exactly, and the error of the rest falls
-    as 1 / steps^2 (second order): twenty are enough for a good network. Mistakes made early stay, as no noise mends
-    them."""
+    two evaluations to the middle of the step. The part linear in x is solved exactly, and the error of the rest
+    falls as 1 / steps^2 (second order): twenty steps are enough for a good network. Early mistakes stay, because no
+    fresh noise corrects them."""
     x0_last = None
     for t, s in zip(times[:-1], times[1:]):
         x0 = target = denoise(x, t)
-        if x0_last is not None and s > 0:                       # else DDIM: no last one yet, or lam(0) infinite
+        if x0_last is not None and s > 0:                       # else DDIM: no x0_last yet, or lam(0) is infinite
             ratio = (schedule.lam(s) - schedule.lam(t)) / (schedule.lam(t) - schedule.lam(t_last))     # 1 / r in Alg. 2
             target = x0 + (x0 - x0_last) * ratio / 2
         x = carry(x, target, t, s, schedule)
@@ -258,8 +258,8 @@ SAMPLERS = dict(em=(em, uniform_times), ddim=(ddim, logsnr_times), dpm=(dpm, log
 
 
 class ImageNoise:
-    """One CPU generator per image: noise() -> (B, C, H, W) on `device`, other noise with each call. Row i depends on
-    seeds[i] alone, not on the batch it is in, the device or the number of processes."""
+    """One CPU generator per image: noise() -> (B, C, H, W) on `device`, fresh noise with each call. Row i depends
+    only on seeds[i], not on the batch it is in, the device or the number of processes."""
 
     def __init__(self, seeds, shape, device="cpu"):
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -270,10 +270,10 @@ class ImageNoise:
         noise = torch.empty(len(self.generators), *self.shape, pin_memory=on_gpu, device="cpu")
         for image, generator in zip(noise, self.generators):
             image.normal_(generator=generator)
-        return noise.to(self.device, non_blocking=on_gpu)       # from pinned memory: a GPU is not waited for
+        return noise.to(self.device, non_blocking=on_gpu)       # from pinned memory: no wait for the GPU
 
 
 def sample(denoise, noise, schedule, sampler="dpm", steps=20):
-    """Pictures (B, C, H, W), about in [-1, 1], from a denoiser and an ImageNoise."""
+    """Pictures (B, C, H, W), roughly in [-1, 1], from a denoiser and an ImageNoise."""
     walk, grid = SAMPLERS[sampler]
     return walk(denoise, noise(), grid(schedule, steps), schedule, noise)

@@ -1,21 +1,21 @@
 """IU-ViT, the paper's improved U-ViT (arXiv 2212.13771, Sec. 4): a plain Vision Transformer with long skips.
-`diff uvit.py iuvit.py` lists the improvements, the paper's but for details marked (assumed):
+`diff uvit.py iuvit.py` lists the improvements. They are the paper's, except for details marked (assumed):
 
-    1  a rearrange-first head                       head="linear" takes it back
+    1  a rearrange-first head                       head="linear" undoes it
        (that it starts at 0 is assumed)
-    2  a depth-wise convolution in the FFN          ffn="mlp" takes it back
-    3  text has a cross-attention of its own,       text_attn="concat" has GLIDE's joint attention instead, with which
-       instead of being in the sequence             the paper compares
-    4  time passes an MLP (the paper does not say so, but its numbers of parameters have room for just that). The last
-       layer of it also reads a vector of the text, if there is one: the normalised mean of the normalised tokens
-       (assumed, and so is the layer)
+    2  a depth-wise convolution in the FFN          ffn="mlp" undoes it
+    3  text has its own cross-attention,            text_attn="concat" is GLIDE's joint attention, which the
+       instead of being in the sequence             paper compares with
+    4  time passes through an MLP (the paper does not say so, but its parameter counts leave room for exactly that).
+       The MLP's last layer also reads a vector of the text, if there is one: the normalised mean of the normalised
+       tokens (vector and layer are assumed)
 
-What comes with 3: a text may have any length, and its tokens have no learnt places, but a norm after their embedding
+With 3, a text may have any length. Its tokens have no learnt position embedding, but a norm after the text embedding
 (assumed).
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, patch, patch, ..];
-    6 blocks -------- each output is kept as a skip --------+     text is read by each block, in cross-attention
+    6 blocks -------- each output is kept as a skip --------+     every block reads text by cross-attention
       v                                                     |
     1 block in the middle                                   |
       v                                                     |
@@ -24,7 +24,7 @@ What comes with 3: a text may have any length, and its tokens have no learnt pla
     eps (3, 32, 32) <- 3x3 conv <- (D/p^2, 32, 32) <- rearrange the tokens themselves: "rearrange first"
 
 Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width, L tokens of a text.
-Needs torch and einops alone. MIT licence, (c) 2026 the maintainers.
+Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
 """
 import math
 
@@ -52,21 +52,21 @@ def masked_mean(tokens, mask):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
-    to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
+    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). The mask broadcasts to
+    (B, heads, N, M): if bool, it says which of the M keys are read; if float, it is a bias, added to the scores.
 
-    By PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (only Swin's, in
-    ascend.py, does), and without a mask in bfloat16 their gradient takes two to four times as long as the formula's."""
+    It uses PyTorch's fused kernels, except in two cases of training on a CPU: they support no learned bias (only
+    Swin's, in ascend.py), and in bfloat16 without a mask their gradient takes 2 to 4 times as long as the formula's."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that comes here is a bias
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that gets here is a bias
 
 
 class SelfAttention(nn.Module):
-    """Self-attention among all tokens; text is not one of them. No bias on q, k, v, as in U-ViT."""
+    """Self-attention among all tokens, which do not include text. No bias on q, k, v, as in U-ViT."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding weighs nothing."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight."""
 
     def __init__(self, dim, heads, text_dim):
         super().__init__()
@@ -99,8 +99,8 @@ class CrossAttention(nn.Module):
 
 
 class JointAttention(SelfAttention):
-    """The rival of separate attention (GLIDE, Nichol et al., arXiv 2112.10741): keys and values of the text stand
-    beside those of the tokens, and compete with them in one softmax."""
+    """The alternative to separate attention (GLIDE, Nichol et al., arXiv 2112.10741): keys and values of the text are
+    concatenated with those of the tokens, and all compete in one softmax."""
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads)
@@ -116,7 +116,7 @@ class JointAttention(SelfAttention):
 
 
 class MLP(nn.Module):
-    """The Transformer's feed-forward part: every token by itself."""
+    """The Transformer's feed-forward network, applied to each token on its own."""
 
     def __init__(self, dim):
         super().__init__()
@@ -129,10 +129,10 @@ class MLP(nn.Module):
 
 class DWConvFFN(nn.Module):
     """Feed-forward part with a 3x3 depth-wise convolution over the grid of patches (paper, appendix, Fig. 8):
-    linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It brings locality back, and the
+    linear (the paper's 1x1 conv), GELU, LN, depth-wise conv, GELU, LN, linear. It restores locality, and the
     convolution adds less than a hundredth to the parameters.
 
-    Time and class tokens have no place in the grid: they skip the convolution and take all the rest (assumed)."""
+    Time and class tokens have no place in the grid: they skip the convolution, and nothing else (assumed)."""
 
     def __init__(self, dim, grid, extras):
         super().__init__()
@@ -145,7 +145,7 @@ class DWConvFFN(nn.Module):
 
     def forward(self, x):                                               # (B, N, D)
         x = F.gelu(self.fc1(x))                                         # (B, N, 4D)
-        # a norm sees one token at a time, so it may follow the split: it leaves the convolution's input contiguous
+        # a norm acts on each token alone, so it may follow the split; this makes the convolution's input contiguous
         extras, patches = self.norm1(x[:, :self.extras]), self.norm1(x[:, self.extras:])
         patches = self.dwconv(rearrange(patches, "B (h w) D -> B D h w", h=self.grid))
         x = torch.cat([extras, rearrange(patches, "B D h w -> B (h w) D")], dim=1)
@@ -153,8 +153,8 @@ class DWConvFFN(nn.Module):
 
 
 class IUBlock(nn.Module):
-    """U-ViT's block, which between attention and FFN also reads the text (paper, appendix, Fig. 8 right; a norm
-    before each of the three is assumed, the figure seems to draw two)."""
+    """U-ViT's block, which also reads the text between attention and FFN (paper, appendix, Fig. 8 right; a norm
+    before each of the three is assumed, although the figure seems to draw two)."""
 
     def __init__(self, dim, heads, ffn, skip, text_attn):
         super().__init__()
@@ -180,20 +180,20 @@ class IUBlock(nn.Module):
 class IUViT(nn.Module):
     """IU-ViT. Defaults: the paper's CIFAR-10 model (45,150,595 parameters; "45M" in the paper).
 
-    Predicts eps (or v) from a noisy image. Raises AssertionError if sizes do not divide."""
+    Predicts eps (or v) from a noisy image. Raises AssertionError if sizes do not divide evenly."""
 
     def __init__(self,
-                 img_size=32,               # pixels a side
+                 img_size=32,               # pixels per side
                  channels=3,                # image channels
-                 patch_size=2,              # pixels a side of a patch; img_size / 16 keeps U-ViT's 256 patches
+                 patch_size=2,              # pixels per side of a patch; img_size / 16 keeps U-ViT's 256 patches
                  dim=512,                   # width of a token
-                 depth=13,                  # blocks, the middle one included: 6 + 1 + 6
+                 depth=13,                  # blocks, including the middle one: 6 + 1 + 6
                  heads=8,
                  head="rearrange",          # 'rearrange' first, or U-ViT's 'linear' first
                  ffn="dwconv",              # 'dwconv', or U-ViT's 'mlp'
                  num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
                  text_dim=0,                # > 0: conditional on text, given as features of this width
-                 text_attn="separate"):     # 'separate' self- and cross-attention, or 'concat', GLIDE's joint one
+                 text_attn="separate"):     # 'separate' self- and cross-attention, or 'concat': GLIDE's joint attention
         super().__init__()
         assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
         assert depth % 2 == 1 and depth > 0, f"depth {depth} counts the middle block, so it is odd"
@@ -234,10 +234,10 @@ class IUViT(nn.Module):
 
     def init_weights(self):
         """nn.Linear          normal, std 0.02; bias 0
-        pos_embed          normal, std 0.02   (by trunc_normal_, as published, whose cut at 2 is a hundred std away)
+        pos_embed          normal, std 0.02   (trunc_normal_, as published; its cut at 2 is a hundred std away)
         head               0, so the first prediction is 0 and the first loss is E|target|^2, 1 for eps (assumed);
-                           linear-first as published: of two layers in a row that start near zero neither learns fast
-        everything else    as PyTorch has it, as in U-ViT"""
+                           linear-first: as published, since two layers in a row that start near zero both learn slowly
+        everything else    PyTorch's defaults, as in U-ViT"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -251,9 +251,9 @@ class IUViT(nn.Module):
     def forward(self, x, t, y=None, mask=None):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
-        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding, any finite numbers (no mask: none is). Every text needs a real
-        token: if it has none, a GPU's bfloat16 kernel reads the padding."""
+        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
+        at padding tokens, which may hold any finite numbers; without a mask there is no padding. Every text
+        needs a real token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
@@ -263,9 +263,9 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # The paper concatenates the vectors of text and time. Here that happens before the last layer of time's
-            # MLP: with its hidden vector a and the text's mean b, W a + V b = [W V] [a; b]. (Place and norm are
-            # assumed; concatenated before the first layer instead, colours were learnt later.)
+            # The paper concatenates the vectors of text and time. Here this happens before the last layer of the time
+            # MLP: for its hidden vector a and the mean b of the text, W a + V b = [W V] [a; b]. (The place and the norm
+            # are assumed. With concatenation before the first layer, colours were learnt later.)
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None]]                                            # (B, 1, D)
         if self.class_embed is not None:
@@ -282,7 +282,7 @@ class IUViT(nn.Module):
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
         # Linear-first cuts a token's D = 512 numbers to p*p*C = 12 before the convolution sees its neighbours: a pixel
-        # is made of 9 C = 27. Rearrange-first keeps all, as D/p^2 = 128 channels: a pixel is made of 9 * 128 = 1152.
+        # comes from 9 C = 27. Rearrange-first keeps all, as D/p^2 = 128 channels: a pixel comes from 9 * 128 = 1152.
         x = self.to_pixels(x)                                               # (B, h*w, D); linear-first (B, h*w, p*p*C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)

@@ -4,10 +4,10 @@
     python train.py --model iuvit --data cifar10                     one GPU: the paper's CIFAR-10 run
     torchrun --nproc_per_node=8 train.py --model ascend --data cifar10
     python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config below is a flag
-    python train.py --init-from celeba64_uvit_small.pth --data cats  go on from weights, your own or published ones
+    python train.py --init-from celeba64_uvit_small.pth --data cats  start from weights, your own or published ones
 
-The same command again resumes from the run's checkpoint: on a CPU, with as many processes and threads and the same
---accum, bit for bit. A larger --steps goes on from there.
+The same command again resumes from the run's checkpoint: bit for bit on a CPU, with the same numbers of processes and
+threads and the same --accum. A larger --steps trains further.
 """
 import argparse
 import atexit
@@ -48,33 +48,33 @@ from sample import MODELS, fail
 
 @dataclasses.dataclass
 class Config:
-    """Everything that decides a run. Precedence: these defaults < the preset < the command line."""
-    preset: str = ""                # a row of PRESETS; without it the first that fits --model, --data and --cond
+    """Everything that decides a run. Precedence: defaults < the preset < weights of --init-from < the command line."""
+    preset: str = ""                # a row of PRESETS; default: the first that fits --model, --data and --cond
     # what
     model: str = "unet"             # unet, uvit, iuvit, ascend
     data: str = "shapes"            # a built-in set, or a prepared one: see data.py
     cond: str = "none"              # none, class, text
-    encoder: str = ""               # of the text: words, or the T5 of `data.py encode`; default: see data.find_encoder
+    encoder: str = ""               # of text: words, or the T5 used in `data.py encode`; default: see data.find_encoder
     flip: bool = None               # mirror half of the pictures; default: as the set says, see data.py
     net: dict = dataclasses.field(default_factory=dict)     # the network's constructor arguments, as JSON
     # diffusion
     schedule: str = "linear"        # linear, cosine
     prediction: str = "eps"         # eps (the paper), v
-    time_shift: float = 1.0         # 1: t uniform (the paper); above 1: more of the high noise
+    time_shift: float = 1.0         # 1: t uniform (the paper); above 1: more high noise
     time_spread: float = 1.0        # below 1: t gathered around its median, time_shift / (1 + time_shift)
     clock: str = "plain"            # how the network counts time: plain, uvit, adm; see diffusion.CLOCKS
-    drop: float = 0.1               # how often the condition is replaced by the null one, for guidance
-    # optimisation: AdamW, warm-up then constant, then a cool-down if there is one
+    drop: float = 0.1               # how often the null condition replaces the real one, for guidance
+    # optimisation: AdamW; warm-up, then a constant rate, then a cool-down if there is one
     steps: int = 500_000
     batch: int = 128                # global: each process takes batch / (processes * accum) at a time
-    accum: int = 1                  # micro-batches a step
+    accum: int = 1                  # micro-batches per step
     lr: float = 2e-4
     warmup: int = 5000              # steps of linear warm-up
-    cooldown: float = 0.0           # part of the run, its last, in which the rate falls in a line to zero
+    cooldown: float = 0.0           # last fraction of the run, in which the rate falls linearly to zero
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
-    grad_clip: float = 1.0          # largest gradient norm
+    grad_clip: float = 1.0          # maximum gradient norm
     ema: float = 0.9999             # decay of the averaged weights
     # sampling: the grids drawn in training, and the defaults of sample.py
     samples: int = 64               # pictures in a grid
@@ -83,59 +83,59 @@ class Config:
     cfg: float = 1.0                # guidance scale; 1 is none
     clip: str = "static"            # none, static, dynamic
     # the run
-    init_from: str = ""             # start from these weights: a checkpoint, or a file of U-ViT's or ADM's authors
+    init_from: str = ""             # start from these weights: a checkpoint, or a file by U-ViT's or ADM's authors
     out: str = ""                   # default: runs/PRESET[-COND], MODEL-DATA[-COND], or DATA-from-FILE (--init-from)
     data_dir: str = "datasets"
     seed: int = 0
     device: str = "auto"            # auto, cpu, cuda, mps
     dtype: str = "auto"             # auto, float32, bfloat16
     compile: bool = None            # default: on CUDA
-    grad_ckpt: bool = False         # compute activations twice, keep a fraction of them
-    workers: int = 0                # processes that read batches ahead
-    timeout: int = 1800             # seconds that processes wait for one that hangs, before all give up
+    grad_ckpt: bool = False         # keep only a fraction of the activations, and compute the rest again
+    workers: int = 0                # processes that load batches ahead
+    timeout: int = 1800             # seconds to wait for a process that hangs, before all give up
     log_every: int = 100
     sample_every: int = 5000
     save_every: int = 5000
-    keep_every: int = 0             # every so many steps a checkpoint that stays, ckpt_0050000.pt; 0: only the last
+    keep_every: int = 0             # steps between checkpoints that are kept, as ckpt_0050000.pt; 0: only the last
 
 
 CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
-# fields in which a resumed run may differ; all else is refused, by resume. (device changes t, noise and the conditions
-# that are dropped; accum, which units drop out; dtype, compile and grad_ckpt, the last bits; steps, the cool-down.)
+# fields that may change when a run is resumed; resume refuses all others. (device changes t, noise and which conditions
+# are dropped; accum, which units drop out; dtype, compile and grad_ckpt, the last bits; steps, the cool-down.)
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
         "log_every", "sample_every", "save_every", "keep_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
 
 # Minutes on a laptop:
 #   cosine                  on the linear schedule eps hardly learns outlines in this time
-#   v                       or eps, which cares less for high noise and more for outlines. Which is better depends. By
+#   v                       or eps, which cares less for high noise and more for outlines. Which is better varies. With
 #                           eps / v so many percent are right: ASCEND's shapes 95 / 93, the U-Net's 99 / 100 (its
-#                           single objects of a text 99 / 85), IU-ViT's 37 / 89
+#                           single objects in text runs 99 / 85), IU-ViT's 37 / 89
 #   shift 1.6, spread 0.4   times gather around t = 0.6, where outlines are decided
 #   batch 16                a picture teaches 1.5 times as much as in batches of 32 (8 is as good, but slower on CPUs)
 #   cooldown 0.4            the rate falls to zero over the last 40%
-#   em, 200 steps           what goes wrong in short runs are oblong squares and crooked crosses, large mistakes made
-#                           early: fresh noise mends them, a deterministic path keeps them
+#   em, 200 steps           short runs draw oblong squares and crooked crosses, large mistakes made early: fresh noise
+#                           corrects them, a deterministic path keeps them
 #   cfg 1                   guidance gains little
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
-# The set shapes-text, by words: one or two objects and where they are. The U-Net has single objects right, and few of
-# two; of two seeds of ASCEND one had two thirds of two, the other a tenth.
+# The set shapes-text, encoded by words: one or two objects and where they are. The U-Net gets single objects right, but
+# few pairs. Of two seeds of ASCEND, one got two thirds of the pairs right, the other a tenth.
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
-# Small sets of real pictures, an hour or a night: a higher time_shift, as larger pictures lose their outlines in more
-# noise, and a wider spread, as detail is learnt at low noise (which shapes hardly train: their samples are grainy).
-# Emoji have names, and a network that reads them draws faces in half the steps of one that does not.
+# Small sets of real pictures, for an hour or a night. time_shift is higher, because larger pictures lose their outlines
+# at higher noise; the spread is wider, because detail is learnt at low noise (LAPTOP hardly trains it, so its samples
+# are grainy). Emoji have names, and a network that reads them draws faces in half the steps of one that does not.
 SMALL64 = dict(LAPTOP, data="emoji64", cond="text", cfg=2.0, time_shift=2.0, time_spread=0.8, steps=8000, lr=1e-3,
                samples=32, sample_every=1000, sampler="dpm", sample_steps=20)
 
-# Narrow networks, because in minutes the number of steps counts for more than width: the shape asked for is learnt all
-# of a sudden, by the U-Net in its steps 2,000 to 2,500. Width 16, because CPUs multiply 16 numbers at a time. Most of
-# the width is where pictures are small, since at full size a channel costs the most time; doubled at 16 pixels already,
-# the network learnt shapes later (PYRAMID64 doubles at its half size, 32). U-ViT and IU-ViT see patches of 4.
+# Narrow networks, because in minutes the number of steps matters more than width: the shape asked for is learnt
+# suddenly, by the U-Net in steps 2,000 to 2,500. Width 16, because CPUs multiply 16 numbers at a time. Most of the
+# width is where maps are small, since a channel costs the most time at full size. With the width doubled at 16 pixels
+# already, the network learnt shapes later (PYRAMID64 doubles it at half size, 32). U-ViT and IU-ViT use patches of 4.
 PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
 PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8], text_dim=256)
 VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
@@ -144,14 +144,14 @@ PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(PYRAMID, resample="conv")),
     "uvit-shapes":    dict(LAPTOP, model="uvit", net=VIT, steps=12_000, sample_every=3000),
     "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=VIT, steps=8000, sample_every=2000),
-    # time_shift: eps at 1.6 left backgrounds with a tint, which only high noise decides
+    # time_shift: at 1.6, eps left a tint in backgrounds, which only high noise decides
     "ascend-shapes":  dict(LAPTOP, model="ascend", net=PYRAMID, prediction="eps", time_shift=2.2, steps=4500,
                            sample_every=1125),
 
     "unet-shapes-text":  dict(LAPTOP_TEXT, model="unet", prediction="eps",
                               net=dict(PYRAMID, resample="conv", text_dim=256)),
-    # of three seeds two learn which word belongs to which object. What is above what is decided at higher noise: at
-    # shift 1.6, spread 0.4 it had that right in less than half of the pictures
+    # two of three seeds learn which word belongs to which object. Which object is above the other is decided at higher
+    # noise: at shift 1.6, spread 0.4, less than half of the pictures had that right
     "iuvit-shapes-text": dict(LAPTOP_TEXT, model="iuvit", time_shift=3.0, time_spread=0.6, steps=14_000,
                               sample_every=3500, net=dict(VIT, text_dim=256)),
     "ascend-shapes-text": dict(LAPTOP_TEXT, model="ascend", prediction="eps", time_shift=2.2,
@@ -163,8 +163,8 @@ PRESETS = {
     "ascend-emoji64": dict(SMALL64, model="ascend", net=PYRAMID64),
 }
 
-# With --init-from and no --preset network, schedule, prediction and clock are the file's, and the rest is this. A low
-# rate, because the weights are good already.
+# With --init-from and no --preset, the file decides network, condition, schedule, prediction and clock; the rest is
+# this. The rate is low, because the weights are good already.
 FINE_TUNE = dict(data="shapes", steps=20_000, batch=32, lr=1e-4, warmup=500, ema=0.999, samples=24, sample_every=500,
                  save_every=500)
 
@@ -177,16 +177,16 @@ def pyramid(dim, dim_mults, num_blocks, attn_sizes, **more):
     return dict(dim=dim, dim_mults=dim_mults, num_blocks=num_blocks, attn_sizes=attn_sizes, **more)
 
 
-# The paper's runs, and those that it is compared with. Where it is silent, IU-ViT and ASCEND are assumed to be trained
-# as U-ViT is (but for gradients, which are clipped at a norm of 1 in all rows, as DDPM's are). Text is counted at the
-# width of the paper's table, 1024; T5-XXL is --net '{"text_dim": 4096}'.
+# The paper's runs, and those it compares with. Where the paper is silent, IU-ViT and ASCEND are assumed to be trained
+# like U-ViT (except that all rows clip gradients at a norm of 1, like DDPM). Parameters are counted for text of the
+# width in the paper's table, 1024; T5-XXL is --net '{"text_dim": 4096}'.
 AS_UVIT = dict(weight_decay=0.03, beta1=0.99, beta2=0.99, sampler="em", sample_steps=1000, sample_every=25_000)
 PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
              uvit=AS_UVIT, iuvit=AS_UVIT, ascend=dict(AS_UVIT, schedule="cosine"))
 SMALL = dict(beta2=0.999, warmup=2500)                                                  # U-ViT's on CIFAR-10
-WORKERS = dict(workers=8)                                                               # to decode pictures meanwhile
+WORKERS = dict(workers=8)                                                               # to decode pictures in parallel
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
-TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # paper: DDIM alone
+TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # paper: only DDIM
 ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
 DDIM64 = pyramid(128, [1, 2, 2, 2, 4], 2, [16], resample="conv")
 DDPM256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16], resample="conv", dropout=0.0)
@@ -213,7 +213,7 @@ PAPER_RUNS = [
     ("uvit-imagenet64",       300_000, 1024, 3e-4, vit(4, 768, 17, 12),              CLASS),    # U-ViT-M; 5.85
     ("uvit-imagenet64-large", 300_000, 1024, 3e-4, vit(4, 1024, 21, 16),             CLASS),    # U-ViT-L; 4.26
 
-    # from here to the end the batch is assumed, and the rate where it is 2e-4
+    # from here to the end the batch is assumed, and so is the rate where it is 2e-4
     ("iuvit-cifar10",         500_000,  128, 2e-4, {},                               SMALL),    # 45M; 2.56
     ("iuvit-celeba64",        500_000,  128, 2e-4, vit(4, 512, 13, 8),                  {}),    # 45M
     ("iuvit-church128",       450_000,  256, 2e-4, vit(8, 1408, 17, 22),                {}),    # 442M; the set assumed
@@ -229,7 +229,7 @@ PAPER_RUNS = [
     ("ascend-cub128",         200_000,  128, 2e-4, ASCEND128,                           {}),
     ("ascend-bedroom256",     500_000,  128, 2e-4, ASCEND256,                      WORKERS),
     ("ascend-celebahq256",    500_000,  128, 2e-4, ASCEND256,                           {}),
-    ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),    # 590M; dim_mults given
+    ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),  # 590M, dim_mults: paper's
 ]
 
 
@@ -264,8 +264,8 @@ def parse(argv):
     asked = vars(parser.parse_args(argv))
     fresh, dry_run = asked.pop("fresh"), asked.pop("dry_run")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        fresh = False                                   # torchrun replaces a rank that died, and the run is to go on
-    if fresh and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":            # restarts for another node are not counted
+        fresh = False                                   # torchrun has replaced a rank that died: the run must go on
+    if fresh and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":            # restarts for another node do not count
         fail("--fresh on several nodes would start over whenever torchrun replaces a rank: move the old run yourself")
 
     if empty := [field for field, value in asked.items() if value == ""]:           # --init-from "$FORGOTTEN"
@@ -277,8 +277,8 @@ def parse(argv):
         fail(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
     row = PRESETS[name] if name else FINE_TUNE
     if asked.get("init_from"):
-        # what its weights decide comes between the row and the flags; set and folder must be known before, since the
-        # run may have a checkpoint that decides it already
+        # what the weights decide overrides the row, and the flags override both. Set and folder must be known first,
+        # since the run may already have a checkpoint, which then decides
         asked = {"data": row["data"], "data_dir": Config.data_dir, **asked}
         asked = {"out": f"runs/{asked['data']}-from-{stem(asked['init_from'])}", **asked}
         try:
@@ -291,7 +291,7 @@ def parse(argv):
     if "cond" not in asked and config.data != row["data"]:
         config.cond = "class" if classes else "none"    # the row was made for another set
     if config.cond == "text":
-        config.net.setdefault("text_dim", 1024)         # the paper's table; a run has what its features have
+        config.net.setdefault("text_dim", 1024)         # as in the paper's table; a run takes its features' width
         if not data.BUILT_IN.get(data.captioned_name(config.data), {}).get("captions", True):
             fail(f"{config.data} has no captions: use --cond {'class' if classes else 'none'}")
         if config.cfg > 2 and "clip" not in row and "clip" not in asked:
@@ -306,14 +306,14 @@ def parse(argv):
         fail("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
     own = config.data == row["data"] and config.model == row["model"]
     usual = row.get("cond", Config.cond) if own else "class" if classes else "none"
-    other = f"-{config.cond}" if config.cond != usual else ""               # beside a run of the same set
+    other = f"-{config.cond}" if config.cond != usual else ""               # apart from the usual run
     config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{other}"
     if Path(config.out).name in ("", ".."):
         fail(f"--out must name a folder of its own, not {config.out}")
     if fresh and config.init_from and Path(config.out).resolve() in Path(config.init_from).resolve().parents:
         fail(f"--fresh would move {config.init_from} away, which --init-from is to read: choose another --out")
 
-    # is it sensible
+    # are the values sensible
     for field, value in dataclasses.asdict(config).items():
         flag = f"--{field.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
@@ -328,7 +328,7 @@ def parse(argv):
 
 
 def nearest_preset(asked):
-    """The first row with the model, data and cond asked for; a set without a row takes that of the nearest size."""
+    """The first row with the model, data and cond asked for. A set without a row takes one of the nearest size."""
     model, name = asked.get("model", "unet"), asked.get("data", "shapes")
     rows = {p: row for p, row in PRESETS.items() if row["model"] == model}
     fits = [p for p, row in rows.items() if row["data"] == name]
@@ -342,16 +342,16 @@ def nearest_preset(asked):
 # ---- starting from weights -------------------------------------------------------------------------------
 
 def stem(path):
-    """What to call weights: their file, or a checkpoint's run."""
+    """A name for weights: that of their file or, for a checkpoint, of its run."""
     own = re.fullmatch(r"ckpt(?:_(\d+))?\.pt", Path(path).name)
     return "-".join(filter(None, [Path(path).absolute().parent.name, own[1]])) if own else Path(path).stem
 
 
 def inherited(asked, fresh):
-    """The fields of the config that the weights of --init-from decide: flags and a preset's model may not contradict
-    them, its other fields give way.
+    """The fields of the config that the weights of --init-from decide. Flags and a preset's model may not contradict
+    them; the preset's other fields give way.
 
-    Once the run has a checkpoint of its own, which says the same, the file is not needed any more."""
+    Once the run has its own checkpoint, which says the same, the file is no longer needed."""
     path, name = asked["init_from"], asked["data"]
     ckpt = Path(asked["out"], "ckpt.pt")
     own = data.read_checkpoint(ckpt)["config"] if ckpt.exists() and not fresh else {}
@@ -377,14 +377,14 @@ def inherited(asked, fresh):
 
 
 def start_from(net, config, info):
-    """Load the weights of --init-from, and tell of it in a line. The embedding of other classes starts anew, with the
-    null class; all else must fit."""
+    """Load the weights of --init-from -> a line that says so. If the classes differ, their embedding starts anew, null
+    class included; all else must fit."""
     there, weights = sample.read(config.init_from)
     if there["cond"] == config.cond == "text" and not data.same_encoder(there["text"]["encoder"], config.encoder):
         fail(f"{config.init_from} reads captions by the encoder {there['text']['encoder']}, and not by "
              f"{config.encoder}: name it with --encoder")
     own, key, classes = net.state_dict(), "class_embed.weight", info["classes"]
-    numbers = [str(i) for i in range(len(classes))]     # published files know no names
+    numbers = [str(i) for i in range(len(classes))]     # published files have no names
     kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
     if not kept:
         weights.pop(key, None)
@@ -408,17 +408,17 @@ def build(config, info):
 
 
 def kind_of(value):
-    """What a value in --net is, by name: Python would take "false" for true, and finds no 16 in ["16"]."""
+    """The kind of a value in --net, to be checked: Python takes "false" for true, and finds no 16 in ["16"]."""
     if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
         return "list of integers"
     return {int: "number", float: "number"}.get(type(value), type(value).__name__)
 
 
 def measure(config, info, tokens=data.MAX_TOKENS):
-    """(parameters, floating-point operations of one forward of one image), where a multiply-add counts as two, and a
-    text has so many tokens.
+    """(parameters, floating-point operations of one forward pass of one image). A multiply-add counts as two; `tokens`
+    is the length of a text.
 
-    The forward has shapes but no numbers, so it finds what does not fit before a run has a folder."""
+    The forward pass has shapes but no numbers. It finds what does not fit before a run has a folder."""
     from torch.utils.flop_counter import FlopCounterMode
     usual = inspect.signature(MODELS[config.model]).parameters
     try:
@@ -438,42 +438,42 @@ def measure(config, info, tokens=data.MAX_TOKENS):
 
 
 def checkpoint_blocks(net):
-    """Gradient checkpointing: blocks keep only what comes in, and compute the rest again in the backward pass, for up
-    to a third more time and a fraction of the memory. (The middle, a single block, stays as it is.)"""
+    """Gradient checkpointing: blocks keep only their input and compute the rest again in the backward pass. This takes
+    a fraction of the memory and up to a third more time. (The middle, a single block, stays as it is.)"""
     for blocks in net.children():
         for block in blocks if isinstance(blocks, torch.nn.ModuleList) else []:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_network(net, one_pass):
-    """torch.compile. one_pass: a step is one forward and one backward pass, of one process. Those are recorded as CUDA
-    graphs, since a GPU is through the kernels of a small network before Python has asked for the next ones.
+    """torch.compile. one_pass: a step is one forward and one backward pass, in one process. These are recorded as CUDA
+    graphs, because a GPU finishes the kernels of a small network before Python has launched the next ones.
 
-    Without graphs: sums of gradients over --accum passes, which PyTorch's graphs get wrong (its issue 169545); AMD's
-    GPUs, where networks learnt less with them (187715); DDP and --grad-ckpt, which have not been tried with them."""
+    No graphs: for gradients summed over --accum passes, which graphs get wrong (PyTorch's issue 169545); on AMD's GPUs,
+    where networks learnt less with graphs (187715); with DDP or --grad-ckpt, where graphs have not been tried."""
     return torch.compile(net, mode="reduce-overhead" if one_pass and not torch.version.hip else "default")
 
 
 def keep_freed_memory():
-    """Have glibc keep what one step frees for the next. By default large blocks go back to the system, and the 5,000 to
-    34,000 page faults of getting them again made a step of the laptop presets a tenth to a quarter slower."""
+    """Make glibc keep the memory that one step frees for the next. By default, large blocks go back to the system; the
+    5,000 to 34,000 page faults of getting them back made a step of the laptop presets a tenth to a quarter slower."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-1, 2**30)                              # M_TRIM_THRESHOLD: up to 1 GiB is kept
-        mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: of blocks up to 32 MiB, the most it allows
+        mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: for blocks up to 32 MiB, the most it allows
 
 
 def learning_rate(config, step):
-    """The rate of a step: up in a line, constant, and in the last `cooldown` of the run down in a line.
+    """The rate of a step: linear warm-up, constant, and linear decay to zero over the last `cooldown` of the run.
 
-    It depends on the length of the run: one continued to a larger --steps goes back up to where that run would be."""
+    It depends on the run's length: if a larger --steps continues it, the rate goes back up to the longer run's."""
     left = 1 - step / config.steps                                  # of the run, in (0, 1]
     return config.lr * min(1, (step + 1) / max(1, config.warmup), left / config.cooldown if config.cooldown else 1)
 
 
 def claim(out):
-    """Make the run's folder if it is not there -> an open file: as long as it is open, and this process lives, no other
-    process can claim the folder. Two trainings would overwrite each other's checkpoints."""
+    """Make the run's folder if it is not there -> an open file. As long as it is open, and this process lives, no other
+    process can claim the folder: two trainings would overwrite each other's checkpoints."""
     try:
         Path(out, "samples").mkdir(parents=True, exist_ok=True)
         f = open(Path(out, ".lock"), "a")
@@ -485,8 +485,8 @@ def claim(out):
 
 
 def move_aside(out):
-    """--fresh: a run that is there keeps its files under another name, unless it is running. What is no run, such as a
-    folder of runs, stays where it is."""
+    """--fresh: rename the folder of an existing run, to keep its files; fail if it is running. A folder that holds no
+    run itself, such as a folder of runs, stays where it is."""
     if not any(Path(out, file).exists() for file in ("config.json", "ckpt.pt")):
         return
     claim(out).close()
@@ -496,8 +496,8 @@ def move_aside(out):
 
 
 def facts(record):
-    """What must be equal in two records of a run, one beside the other: fields, the network's arguments, and what is
-    known of the set."""
+    """What must be equal in two records of a run (but for FREE), in one flat dict: fields, the network's arguments, and
+    what is known of the set."""
     arguments = {f"net {name}": value for name, value in record["net"].items()}
     fields = {name: value for name, value in record.items() if name not in ("net", "info")}
     return {**fields, **arguments, "captioned": None, **record["info"]}     # None: all pictures have captions
@@ -505,7 +505,7 @@ def facts(record):
 
 def resume(config, info, net, ema, opt):
     """Load the checkpoint in the run's folder -> (steps done, seconds taken, steps skipped), zeros for a new run. A
-    folder that holds another run is refused with the difference shown."""
+    folder that holds another run is refused, and the message shows the difference."""
     out, new = Path(config.out), (0, 0.0, 0)
     ckpt = data.read_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
     if not ckpt and not (out / "config.json").exists():
@@ -516,9 +516,9 @@ def resume(config, info, net, ema, opt):
     except (ValueError, TypeError, LookupError, AttributeError):
         fail(f"the config of {out} is not that of a run: choose another --out")
     asked = facts(json.loads(json.dumps(dict(dataclasses.asdict(config), info=info))))  # in JSON, tuples are lists
-    if data.same_encoder(str(old.get("encoder")), config.encoder):  # which may lie elsewhere by now
+    if data.same_encoder(str(old.get("encoder")), config.encoder):  # which may have moved since
         old["encoder"] = config.encoder
-    names = {**asked, **{k: v for k, v in old.items() if k.startswith("net ")}}     # of arguments either may lack some
+    names = {**asked, **{k: v for k, v in old.items() if k.startswith("net ")}}     # either may lack some arguments
     changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(asked.get(k))} asked" for k in names
                if k not in FREE and old.get(k) != asked.get(k)]
     if changed:
@@ -529,7 +529,7 @@ def resume(config, info, net, ema, opt):
         net.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         opt.load_state_dict(ckpt["opt"])
-        if any(moment.shape != p.shape for p, state in opt.state.items()            # which fused AdamW believes
+        if any(moment.shape != p.shape for p, state in opt.state.items()            # fused AdamW would not notice
                for moment in (state["exp_avg"], state["exp_avg_sq"])):
             raise ValueError("moments of other shapes than the weights")
         return int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
@@ -550,8 +550,8 @@ def keep_log(path, step):
 
 
 def choose_encoder(config, source, fresh):
-    """Choose the encoder whose features are read: --encoder, or else the one that the run began with, whatever has been
-    encoded since. The network's text_dim becomes its width."""
+    """Choose the encoder whose features are read: --encoder, or else the one that the run began with, even if there are
+    others by now. Its width becomes the network's text_dim."""
     try:
         old = json.loads(Path(config.out, "config.json").read_bytes())
         own = str(old["encoder"]) if old["data"] == config.data and not fresh else ""
@@ -567,17 +567,17 @@ def choose_encoder(config, source, fresh):
 
 
 def prepare(config, source):
-    """On first use: make a built-in set, which may be a long download, and features of its captions by words."""
+    """On first use, make a built-in set (which may be a long download), and features of its captions by words."""
     if source in data.BUILT_IN:
         data.prepare(source, config.data_dir)
     words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
-    if config.encoder == "words" and not words.exists():            # find_encoder refuses others that are absent
+    if config.encoder == "words" and not words.exists():            # find_encoder refuses any other that is absent
         data.encode_set(data.open_set(source, config.data_dir), data.Words())
 
 
 def grid_text(pictures, features, n):
     """What a checkpoint keeps of the text, so that sampling needs neither set nor encoder: n captions from all over the
-    set for the sample grids, their features and those of the empty caption, float16 (L, d) each."""
+    set, for the sample grids, with their features and those of the empty caption, float16 (L, d) each."""
     chosen = [i % features.n for i in data.spread(range(max(n, features.n)), n)]
     return dict(encoder=features.encoder, null=torch.from_numpy(features.null),
                 captions=[pictures.captions[i][0] for i in chosen],
@@ -585,8 +585,8 @@ def grid_text(pictures, features, n):
 
 
 def draw_grid(net, record, path, at_once, device):
-    """A grid of samples, from the same noise and the same classes or captions every time, and progress.png of all grids
-    so far. Each process draws its share, as many at a time as it trains on."""
+    """Draw a grid of samples, always from the same noise and the same classes or captions, and progress.png from all
+    grids so far. Each process draws its share, as many pictures at a time as it trains on."""
     rank, world = data.processes()
     drawn, mine = {}, range(rank, record["samples"], world)
     for ids in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):
@@ -601,7 +601,7 @@ def draw_grid(net, record, path, at_once, device):
 
 
 def draw_progress(folder, size):
-    """progress.png: the first row of each sample grid, of at most twelve, early training above late."""
+    """progress.png: the first rows of at most twelve of the sample grids, early training at the top."""
     files, strips = sorted(folder.glob("step_*.png")), []
     for i in np.unique(np.linspace(0, len(files) - 1, 12).round().astype(int)):
         try:
@@ -618,9 +618,9 @@ def draw_progress(folder, size):
 # ---- the run -----------------------------------------------------------------------------------------
 
 def join(config, device):
-    """Meet the other processes that torchrun has started -> the store that they share."""
-    # torchrun keeps one store for all its restarts, in which a new group would find the addresses of the dead one: on
-    # one node each restart has keys of its own (nodes count their restarts each for itself: see the README)
+    """Join the other processes that torchrun has started -> the store that they share."""
+    # torchrun keeps one store across its restarts, in which a new group would find the addresses of the dead one. So on
+    # one node each restart has its own keys (not on several, as each node counts its own restarts: see the README)
     timeout = datetime.timedelta(seconds=config.timeout)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
@@ -634,15 +634,15 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 
 def listen_for_stops(worker=None):
-    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list that the first one enters, for the loop to look at; a later
-    one kills. (No tensor, as torch.compile may be tracing just then.)
+    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list, to which the first signal is appended for the loop to see;
+    a later one kills. (Not a tensor, because torch.compile may be tracing just then.)
 
-    Loader workers outlive the first one, too, since the step that training finishes may still need their batch."""
+    Loader workers survive the first signal, too: the step that training still finishes may need their batch."""
     stops = []                                          # when they came
 
     def remember(sig, _):
-        if stops and time.monotonic() - stops[0] > 3:   # until then it is the same one: a scheduler tells all processes
-            signal.signal(sig, signal.SIG_DFL)          # of a job, and torchrun, which is one of them, its own again
+        if stops and time.monotonic() - stops[0] > 3:   # until then it is the same stop: a scheduler signals all
+            signal.signal(sig, signal.SIG_DFL)          # processes of a job, and torchrun signals its own again
             signal.raise_signal(sig)
         stops.append(time.monotonic())
 
@@ -654,12 +654,12 @@ def listen_for_stops(worker=None):
 
 def shut_down(loader):
     """At exit, end the processes of a loader (a weakref) that an error has kept alive. Python itself sends them one
-    SIGTERM, which they outlive, and would wait for ever."""
+    SIGTERM, which they survive, and would then wait for ever."""
     if loader():
         loader()._shutdown_workers()
 
 
-BAD_STEPS = 100         # so many gradients in a row that are not finite, seen when it logs, and a run stops
+BAD_STEPS = 100         # a run stops after this many non-finite gradients in a row, checked when it logs
 
 
 def main():
@@ -679,7 +679,7 @@ def main():
             print(json.dumps(dict(dataclasses.asdict(config), params=n_params, gflops=round(flops / 1e9, 3))))
         return
 
-    # processes, and how they compute
+    # processes, device, precision
     unit = world * config.accum
     if config.batch % unit:
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
@@ -696,7 +696,7 @@ def main():
     torch.manual_seed(config.seed)
     net = diffusion.on_clock(build(config, info), config.clock)
     begins = fresh or not (out / "ckpt.pt").exists()
-    # weights that do not fit are refused here, before there is a folder; what a run has is loaded by resume(), below
+    # weights that do not fit are refused here, before there is a folder; resume(), below, loads a run's own
     origin = start_from(net, config, info) if config.init_from and begins else None
 
     # data, and the run's folder: rank 0 makes what is missing, and the others wait
@@ -747,8 +747,8 @@ def main():
         keep_log(out / "log.csv", start)
 
     if config.grad_ckpt:
-        checkpoint_blocks(net)                                      # and not its average, which needs no gradients
-    model = net                                                     # what learns: net, perhaps compiled, perhaps in DDP
+        checkpoint_blocks(net)                                      # but not in ema, which needs no gradients
+    model = net                                                     # what is trained: net, maybe compiled, maybe in DDP
     compiled = device.type == "cuda" if config.compile is None else config.compile
     if compiled:
         if main_rank and start < config.steps:
@@ -756,17 +756,17 @@ def main():
         model = compile_network(model, one_pass=world == 1 and config.accum == 1 and not config.grad_ckpt)
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False                             # constants; to say so above is deprecated
+        model.broadcast_buffers = False                             # they are constant; DDP's argument is deprecated
 
     schedule = diffusion.SCHEDULES[config.schedule]
     null = text["null"].to(device) if text else len(info["classes"])
     stops = listen_for_stops()                                      # if one comes: finish the step, save, leave
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
-    # what this loader calls a sample is this process's share of batch number `step`, so it can begin anywhere
-    length = features.longest if compiled and features else 0       # PyTorch compiles no gradient of varying lengths
+    # to this loader, a sample is this process's share of batch number `step`, so it can begin at any step
+    length = features.longest if compiled and features else 0       # PyTorch cannot compile gradients of varying length
     shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, length)
-    data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers have it
+    data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers inherit it
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
         worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
@@ -774,13 +774,13 @@ def main():
         atexit.register(shut_down, weakref.ref(batches))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: without a break
-    logged = saved = start                                          # steps: of the last row, of the last checkpoint
-    began, since = time.time() - seconds, time.time()               # since: last logged, later by what was no training
+    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: skipped in a row
+    logged = saved = start                                          # steps of the last row and the last checkpoint
+    began, since = time.time() - seconds, time.time()               # since: last logged, plus time not spent training
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
 
     def log(step):
-        """A row of log.csv about the steps since the last one."""
+        """Write a row of log.csv, about the steps since the last one."""
         if world > 1:
             dist.all_reduce(sums)
         total, count = sums.tolist()
@@ -799,7 +799,7 @@ def main():
 
     def explain(kind, e, trace):                                    # the last line of an unexpected error says where
         of_compiler = kind.__module__.startswith(sample.COMPILER)
-        if of_compiler and stops:                                   # Ctrl-C ends the C compiler, too, which it started
+        if of_compiler and stops:                                   # Ctrl-C also ends the C compiler that it started
             print(f"stopped while compiling, at step {saved}; the same command resumes", file=sys.stderr)
             return
         if issubclass(kind, torch.OutOfMemoryError):
@@ -812,9 +812,9 @@ def main():
         print(f"rank {rank} failed at step {step}; the same command goes on from step {saved}", file=sys.stderr)
 
     sys.excepthook = explain
-    end = max(start, config.steps)                                  # of a finished run: now
-    for step in range(start, end + 1):                              # step: how many are done; the last pass does none
-        # what is due after so many steps: log, save, then draw, which may take minutes
+    end = max(start, config.steps)                                  # for a finished run: now
+    for step in range(start, end + 1):                              # step: how many are done; the last pass adds none
+        # what is due after this many steps: log, save, then draw, which may take minutes
         leaving = torch.tensor([float(len(stops) > 0)])             # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
@@ -837,8 +837,8 @@ def main():
                 data.write_file(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
             saved = step
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
-            data.copy_file(out / "ckpt.pt", kept_file)          # no hard link, which a cp onto ckpt.pt would change
-        sheet = out / f"samples/step_{step:07d}.png"                # of `start` there is none if its drawing was killed
+            data.copy_file(out / "ckpt.pt", kept_file)          # not a hard link: a cp onto ckpt.pt would change it
+        sheet = out / f"samples/step_{step:07d}.png"                # `start` may have none, if its drawing was killed
         if step > 0 and (step % config.sample_every == 0 or last) and not (step == start and sheet.exists()):
             with precision:
                 draw_grid(ema, dict(record, text=text), sheet, micro, device)
@@ -846,7 +846,7 @@ def main():
         if leaving or last:
             break
 
-        # the next step. A resumed run sees the same: times, noise and dropped conditions follow from (seed, step), the
+        # the next step. A resumed run does the same: times, noise and dropped conditions follow from (seed, step), the
         # batch from the seed and the numbers of its samples, dropout from (seed, step, micro-batch, rank)
         g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
         t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
@@ -863,10 +863,10 @@ def main():
 
         opt.param_groups[0]["lr"] = learning_rate(config, step)
         for m in range(config.accum):
-            torch.manual_seed(data.seed32(config.seed, step, m, rank))                  # for nn.Dropout alone
+            torch.manual_seed(data.seed32(config.seed, step, m, rank))                  # only for nn.Dropout
             part = slice(m * micro, (m + 1) * micro)
             if world > 1:
-                model.require_backward_grad_sync = m == config.accum - 1                # one exchange a step
+                model.require_backward_grad_sync = m == config.accum - 1                # one exchange per step
             with precision:
                 losses = diffusion.loss(model, x0[part], t[part], eps[part], schedule, config.prediction,
                                         [c[part] for c in cond])
@@ -875,7 +875,7 @@ def main():
             sums.index_add_(1, bins, torch.stack([losses.detach(), torch.ones_like(losses)]))
         norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
         bad = (~norm.isfinite()).float()
-        opt.grad_scale, opt.found_inf = None, bad       # GradScaler's way to have fused AdamW skip a step where it is 1
+        opt.grad_scale, opt.found_inf = None, bad       # as GradScaler does: fused AdamW skips the step if bad is 1
         opt.step()
         skipped, in_row = skipped + bad, bad * (in_row + 1)
         opt.zero_grad(set_to_none=True)
@@ -893,8 +893,8 @@ def main():
         print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(time.time() - began) / 60:.1f} minutes "
               f"in all: look at {out / 'samples'}; {hint}")
     if world > 1:
-        del model                                                   # first: a group that DDP is the last to free, with
-        dist.destroy_process_group()                                # Python's lock held, may wait for ever
+        del model                                                   # first: if DDP were the last to free the group, it
+        dist.destroy_process_group()                                # would hold Python's lock, and might wait for ever
 
 
 if __name__ == "__main__":

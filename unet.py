@@ -7,10 +7,10 @@ arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
                        |          |   |   |          |        |       |                  v
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <--+             decoder
 
-Time (and class, and the mean of a text) enter every ResBlock as a scale and a shift of its second group norm; a text
-is also read word by word, by cross-attention after each Attn.
+Time (and class, and the mean of a text) enters every ResBlock as a scale and a shift of its second group norm. Text is
+also read token by token, by cross-attention after each Attn.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), L tokens of a text.
-Needs torch and einops alone. MIT licence, (c) 2026 the maintainers.
+Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
 """
 import math
 
@@ -32,7 +32,7 @@ def timestep_embedding(t, dim):
 
 
 def zero_init(module):
-    """Start the last layer of a branch at zero: a residual block begins as its shortcut, an output as 0."""
+    """Start the last layer of a branch at zero, so that a residual block starts as its shortcut and an output as 0."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -45,9 +45,9 @@ def masked_mean(tokens, mask):
 
 
 class GroupNorm(nn.GroupNorm):
-    """At most ADM's 32 groups, each of at least 4 channels: a norm of one channel would erase its mean. Computed in
-    its weights' float32 also under autocast, as CUDA's does by itself: a CPU's bfloat16 kernel takes three times as
-    long."""
+    """At most 32 groups, as in ADM, of at least 4 channels each: a group of one channel would erase its mean. It is
+    computed in float32, the dtype of its weights, even under autocast. CUDA does so by itself; on a CPU, the bfloat16
+    kernel takes three times as long."""
 
     def __init__(self, channels):
         groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
@@ -59,9 +59,9 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype))
 
     def by_hand(self, x):
-        """forward in simple operations, for torch.compile on a GPU. PyTorch's own copies channels_last maps to channels
-        first there, and the next convolution copies them back, which took a fifth of a step. Sums over H and W need no
-        copies."""
+        """forward in simple operations, for torch.compile on a GPU. There, PyTorch's own group norm copies maps from
+        channels_last to channels first, and the next convolution copies them back; together this took a fifth of a
+        step. Sums over H and W need no copies."""
         x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
         channel_var, channel_mean = (m.unflatten(1, (self.num_groups, -1))          # (B, groups, C/groups)
                                      for m in torch.var_mean(x, dim=(2, 3), correction=0))
@@ -74,14 +74,14 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Timed(nn.Module):
-    """A module that reads the embedding of time (and class, and the mean of a text) beside the map: forward(x, emb)."""
+    """A module that also reads the embedding of time (and class, and the mean of a text): forward(x, emb)."""
 
 
 class ResBlock(Timed):
     """ADM's residual block: two convolutions; time enters as scale and shift between them.
 
-    resample: None, 'down' (average pool) or 'up' (nearest) inside the block, between norm and first
-    convolution, on both branches (BigGAN's way of changing resolution)."""
+    resample: None, 'down' (average pool) or 'up' (nearest) inside the block, both between norm and first
+    convolution and on the shortcut (BigGAN's way of changing resolution)."""
 
     def __init__(self, in_channels, out_channels, emb_dim, dropout=0.0, resample=None):
         super().__init__()
@@ -104,21 +104,21 @@ class ResBlock(Timed):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
-    to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
+    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). The mask broadcasts to
+    (B, heads, N, M): if bool, it says which of the M keys are read; if float, it is a bias, added to the scores.
 
-    By PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (only Swin's, in
-    ascend.py, does), and without a mask in bfloat16 their gradient takes two to four times as long as the formula's."""
+    It uses PyTorch's fused kernels, except in two cases of training on a CPU: they support no learned bias (only
+    Swin's, in ascend.py), and in bfloat16 without a mask their gradient takes 2 to 4 times as long as the formula's."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that comes here is a bias
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that gets here is a bias
 
 
 class SpatialAttention(nn.Module):
-    """Global self-attention between all positions of a feature map, heads of `head_dim` channels."""
+    """Global self-attention between all positions of a feature map, in heads of `head_dim` channels."""
 
     def __init__(self, channels, head_dim):
         super().__init__()
@@ -137,7 +137,7 @@ class SpatialAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T; padding weighs nothing."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight."""
 
     def __init__(self, dim, heads, text_dim):
         super().__init__()
@@ -169,7 +169,7 @@ class TextAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """DDPM's down-sampling, a 3x3 convolution of stride 2, padded as ADM's code does it."""
+    """DDPM's down-sampling, a 3x3 convolution of stride 2, padded as in ADM's code."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, stride=2, padding=1)
@@ -188,7 +188,7 @@ class Upsample(nn.Module):
 
 
 class Layer(nn.Sequential):
-    """A few modules in a row, of which the Timed ones also read the embedding, and TextAttention the text."""
+    """A few modules in sequence. Timed ones also read the embedding, and TextAttention also reads the text."""
 
     def forward(self, x, emb, text):                                    # emb (B, E), text (tokens, mask) or ()
         for module in self:
@@ -211,11 +211,11 @@ class UNet(nn.Module):
     Predicts eps (or v) from a noisy image. Raises AssertionError if an image does not halve evenly."""
 
     def __init__(self,
-                 img_size=32,               # pixels a side
+                 img_size=32,               # pixels per side
                  channels=3,                # image channels
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
-                 num_blocks=2,              # ResBlocks a level (the decoder has one more)
+                 num_blocks=2,              # ResBlocks per level (the decoder has one more)
                  attn_sizes=(16,),          # map sizes with attention after each ResBlock; the middle always has it
                  head_dim=64,               # channels per attention head
                  resample="resblock",       # 'resblock' (ADM, BigGAN) or 'conv' (DDPM)
@@ -227,7 +227,7 @@ class UNet(nn.Module):
         assert levels > 0 and dim % 2 == 0, f"dim_mults {dim_mults} must not be empty, and dim {dim} be even"
         assert not (num_classes and text_dim), "the condition is a class or a text, not both"
         assert num_blocks >= 0, f"num_blocks {num_blocks} must not be negative"
-        self.dim, self.unit = dim, 2 ** (levels - 1)    # images halve levels - 1 times
+        self.dim, self.unit = dim, 2 ** (levels - 1)    # images are halved levels - 1 times
         assert img_size % self.unit == 0, f"img_size {img_size} must be a multiple of {self.unit}"
         assert resample in ("resblock", "conv"), f"resample is 'resblock' or 'conv', not {resample!r}"
         E = 4 * dim
@@ -264,8 +264,8 @@ class UNet(nn.Module):
         # middle
         self.middle = Layer(res(C, C), *attention(C), res(C, C))
 
-        # decoder: one layer for each skip (widths are the encoder's). The last layer of a level has as its skip what
-        # came into this level: the output of the down above it, or of the first conv
+        # decoder: one layer for each skip (widths are the encoder's). The skip of a level's last layer is what the
+        # encoder's level started from: the output of the down before it, or of the first conv
         widths = [layer.out_channels for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
@@ -282,12 +282,12 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
     def forward(self, x, t, y=None, mask=None):
-        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W). An image of another size than
-        img_size passes, if it halves evenly: attention stays at the same levels.
+        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W). Images of other sizes than
+        img_size work if they halve evenly; attention stays at the same levels.
 
-        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding, any finite numbers (no mask: none is). Every text needs a real
-        token: if it has none, a GPU's bfloat16 kernel reads the padding."""
+        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
+        at padding tokens, which may hold any finite numbers; without a mask there is no padding. Every text
+        needs a real token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert not any(side % self.unit for side in x.shape[2:]), \
@@ -299,9 +299,9 @@ class UNet(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # The paper concatenates the vectors of text and time. Here that happens before the last layer of time's
-            # MLP: with its hidden vector a and the text's mean b, W a + V b = [W V] [a; b]. (Place and norm are
-            # assumed; concatenated before the first layer instead, colours were learnt later.)
+            # The paper concatenates the vectors of text and time. Here this happens before the last layer of the time
+            # MLP: for its hidden vector a and the mean b of the text, W a + V b = [W V] [a; b]. (The place and the norm
+            # are assumed. With concatenation before the first layer, colours were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
@@ -310,7 +310,7 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            h = layer(torch.cat([h, skips.pop()], dim=1), emb, text)    # back up, level by level; each skip once
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb, text)    # back up, level by level; uses each skip once
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 
 

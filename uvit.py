@@ -1,6 +1,6 @@
-"""U-ViT, a plain Vision Transformer with U-Net's long skips (Bao et al., arXiv 2209.12152), as published.
+"""U-ViT, a plain Vision Transformer with a U-Net's long skips (Bao et al., arXiv 2209.12152), as published.
 It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`. sample.py reads the
-weights that U-ViT's authors have published.
+weights that U-ViT's authors published.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, text .., patch, ..]
@@ -13,7 +13,7 @@ weights that U-ViT's authors have published.
     eps (3, 32, 32) <- 3x3 conv <- (3, 32, 32) <- linear D -> p*p*3, rearrange to the image: "linear first"
 
 Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width, L tokens of a text.
-Needs torch and einops alone. MIT licence, (c) 2026 the maintainers.
+Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
 """
 import math
 
@@ -35,17 +35,17 @@ def timestep_embedding(t, dim):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v of q (B, heads, N, d), k and v (B, heads, M, d). The mask, of a shape that broadcasts
-    to (B, heads, N, M), says which of the M are read (bool), or is added to the scores (a bias).
+    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). The mask broadcasts to
+    (B, heads, N, M): if bool, it says which of the M keys are read; if float, it is a bias, added to the scores.
 
-    By PyTorch's fused kernels, except in two cases of training on a CPU: they know no bias that learns (only Swin's, in
-    ascend.py, does), and without a mask in bfloat16 their gradient takes two to four times as long as the formula's."""
+    It uses PyTorch's fused kernels, except in two cases of training on a CPU: they support no learned bias (only
+    Swin's, in ascend.py), and in bfloat16 without a mask their gradient takes 2 to 4 times as long as the formula's."""
     bias_learns = mask is not None and mask.requires_grad
     slow = bias_learns or mask is None and q.dtype == torch.bfloat16
     if not (q.is_cpu and q.requires_grad and slow):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that comes here is a bias
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that gets here is a bias
 
 
 class Attention(nn.Module):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The Transformer's feed-forward part: every token by itself."""
+    """The Transformer's feed-forward network, applied to each token on its own."""
 
     def __init__(self, dim):
         super().__init__()
@@ -77,7 +77,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block; in the second half of the network it first takes in its skip."""
+    """Pre-norm Transformer block. In the second half of the network it starts by merging in its skip."""
 
     def __init__(self, dim, heads, ffn, skip):
         super().__init__()
@@ -97,18 +97,18 @@ class Block(nn.Module):
 class UViT(nn.Module):
     """U-ViT. Defaults: the published CIFAR-10 model, U-ViT-S/2 (44,255,328 parameters).
 
-    Predicts eps (or v) from a noisy image. Raises AssertionError if sizes do not divide."""
+    Predicts eps (or v) from a noisy image. Raises AssertionError if sizes do not divide evenly."""
 
     def __init__(self,
-                 img_size=32,               # pixels a side
+                 img_size=32,               # pixels per side
                  channels=3,                # image channels
-                 patch_size=2,              # pixels a side of a patch; img_size / 16 keeps the published 256 patches
+                 patch_size=2,              # pixels per side of a patch; img_size / 16 keeps the published 256 patches
                  dim=512,                   # width of a token
-                 depth=13,                  # blocks, the middle one included: 6 + 1 + 6
+                 depth=13,                  # blocks, including the middle one: 6 + 1 + 6
                  heads=8,
                  num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
                  text_dim=0,                # > 0: conditional on text, given as features of this width
-                 text_len=77):              # places for text in the sequence, as published; longer texts are cut
+                 text_len=77):              # positions for text in the sequence, as published; longer texts are cut
         super().__init__()
         assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
         assert depth % 2 == 1 and depth > 0, f"depth {depth} counts the middle block, so it is odd"
@@ -140,8 +140,8 @@ class UViT(nn.Module):
 
     def init_weights(self):
         """nn.Linear          normal, std 0.02; bias 0
-        pos_embed          normal, std 0.02   (by trunc_normal_, as published, whose cut at 2 is a hundred std away)
-        everything else    as PyTorch has it, as published"""
+        pos_embed          normal, std 0.02   (trunc_normal_, as published; its cut at 2 is a hundred std away)
+        everything else    PyTorch's defaults, as published"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -152,20 +152,20 @@ class UViT(nn.Module):
     def forward(self, x, t, y=None, mask=None):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
-        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text, of which the tokens where
-        mask (B, L) bool is False are padding, any finite numbers (no mask: none is)."""
+        y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
+        at padding tokens, which may hold any finite numbers; without a mask there is no padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
-        tokens, keys = [time[:, None]], None                                # (B, 1, D); keys None: all are read
+        tokens, keys = [time[:, None]], None                                # (B, 1, D); keys None: all tokens are read
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-            pad = self.text_len - y.shape[1]                                # F.pad cuts where it is negative
+            pad = self.text_len - y.shape[1]                                # F.pad cuts if it is negative
             tokens.append(self.text_embed(F.pad(y, (0, 0, 0, pad))))        # (B, text_len, D)
             mask = F.pad(mask, (0, pad))                                    # (B, text_len); padding masked: assumed
-            keys = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # and time, patches: (B, 1, 1, N)
+            keys = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # plus time, patches: (B, 1, 1, N)
         if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
         x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
