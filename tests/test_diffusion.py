@@ -192,6 +192,24 @@ def test_guidance_is_linear_in_its_scale_and_one_call_of_twice_the_batch(scale):
     assert rows == [4]
 
 
+def test_guidance_needs_a_null_condition_of_as_many_tensors():
+    """Features alone in null would leave the mask of the condition out as well."""
+    features, mask = torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool)
+    for null in ((), (features,)):
+        with pytest.raises(AssertionError, match="as many tensors"):
+            denoiser(None, SCHEDULES["cosine"], "v", (features, mask), null, scale=2.0)
+    denoiser(None, SCHEDULES["cosine"], "v", (features, mask), scale=1.0)               # without guidance none is read
+
+
+def test_what_is_predicted_is_eps_or_v_and_nothing_else():
+    x, t = torch.zeros(1, 3, 4, 4), torch.tensor([0.5])
+    for name in ("epsilon", "v_prediction"):
+        with pytest.raises(AssertionError, match=f"not '{name}'"):
+            diffusion.loss(None, x, t, x, SCHEDULES["cosine"], name)
+        with pytest.raises(AssertionError, match=f"not '{name}'"):
+            denoiser(None, SCHEDULES["cosine"], name)
+
+
 def test_clip_is_none_or_static_or_dynamic_and_nothing_else():
     x0 = torch.tensor([-3.0, -1, 0.2, 1, 3]).view(1, 1, 1, 5)
     assert torch.equal(diffusion.clip_x0(x0, "none"), x0)

@@ -338,3 +338,9 @@ def test_auto_is_bfloat16_on_cpus_that_multiply_it_fast(amx, avx, vendor, fast, 
     monkeypatch.setattr(sample, "open", lambda path: io.StringIO(f"vendor_id : {vendor}"), raising=False)
     assert sample.fast_bfloat16(torch.device("cpu")) == fast
     assert not sample.fast_bfloat16(torch.device("mps"))
+
+
+def test_a_precision_that_is_none_is_not_taken_for_bfloat16():
+    for name in (torch.float32, "fp32", "float16"):
+        with pytest.raises(AssertionError, match="'auto', 'float32' or 'bfloat16'"):
+            sample.autocast(torch.device("cpu"), name)
