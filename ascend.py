@@ -147,8 +147,8 @@ class Timed(nn.Module):
 
 class SwinLayer(Timed):
     """Pre-norm Transformer layer on a map, with attention in windows. Time enters as scale and shift of both norms
-    (adaptive layer norm; assumed, the paper does not say how). Both branches start from PyTorch's default weights, not
-    from zero (assumed; Swin starts from weights of std 0.02)."""
+    (adaptive layer norm; assumed, the paper does not say how). Both branches start from PyTorch's default weights, and
+    not from zero (assumed; Swin starts from weights of std 0.02)."""
 
     def __init__(self, dim, head_dim, size, window, shift, emb_dim, dropout):
         super().__init__()

@@ -93,7 +93,7 @@ def processes():
     port = os.environ.get("MASTER_PORT", "")
     if int(world) > 1 and not ("MASTER_ADDR" in os.environ and port.isdecimal() and int(port) < 2 ** 16):
         raise LocalError(f"the environment has a WORLD_SIZE of {world} without MASTER_ADDR, or with a MASTER_PORT "
-                        f"{port!r} that is none; torchrun sets them")
+                         f"{port!r} that is none; torchrun sets them")
     return int(rank), int(world)
 
 
@@ -1674,8 +1674,8 @@ def same_encoder(one, other):
 
 
 def encode_part(folder, captions, numbers, encoder):
-    """Write the features of the captions (lists of str) of these pictures, a range, in chunks. After a kill it goes on
-    from the last complete chunk. Yields the pictures and the bytes done so far."""
+    """Write the features of the captions (lists of str) of these pictures, a range, in chunks. After a kill it goes
+    on from the last complete chunk. Yields the pictures and the bytes done so far."""
     folder.mkdir(parents=True, exist_ok=True)
     npy_header(header := io.BytesIO(), "<f2", 0, encoder.width)
     # two files grow: each chunk adds its tokens to one, and then a line of JSON to the other, below the encoder's name:

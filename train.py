@@ -647,7 +647,7 @@ def listen_for_stops(worker=None):
         stops.append(time.monotonic())
 
     for sig in STOPS:
-        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup (but torchrun passes it on)
+        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup has it ignored
             signal.signal(sig, remember)
     return stops
 
