@@ -8,10 +8,10 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <-----+              decoder
 
 Time (and class, and the mean of a text) enters as scale and shift of both norms of every Swin layer, and of the second
-norm of every ResBlock. Text is also read token by token, by cross-attention after each Attn (assumed: where ADM
-attends). Compared with unet.py, Swin blocks replace the encoder's ResBlocks, convolutions change the resolution, and by
-default there is global attention at 8 pixels too. The paper's ablation is four arguments: encoder, decoder, resample,
-and skips (it is not known which connections the paper cut; cutting all is assumed).
+norm of every ResBlock. Text is also read token by token, by cross-attention after each Attn (assumed).
+Compared with unet.py, Swin blocks replace the encoder's ResBlocks, convolutions change the resolution, and by default
+there is global attention at 8 pixels too. Four arguments span the paper's ablation, and more: encoder (conv: ours),
+decoder, resample, and skips (it is not known which connections the paper cut; all is assumed).
 A name that two backbone files share is the same code in both, so that each file can be read, and copied, alone.
 ResBlock, for one, is unet.py's, although nothing here resamples inside it.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
@@ -27,10 +27,11 @@ from torch import nn
 
 
 def timestep_embedding(t, dim):
-    """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
+    """t (B,) float32 in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
 
     The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
     frequencies 1 .. 1e-4 (exclusive) were chosen. It is applied here and nowhere else."""
+    assert t.dtype in (torch.float32, torch.float64), f"t is in [0, 1], as float32 (no step number), not {t.dtype}"
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000 * t.float()[:, None] * freqs
@@ -68,17 +69,22 @@ def shift_mask(size, w, shift):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). The mask broadcasts to
-    (B, heads, N, M): if bool, it says which of the M keys are read; if float, it is a bias, added to the scores.
+    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
+    (B, heads, N, M)): which of the M keys are read.
 
-    It uses PyTorch's fused kernels, except in two cases of training on a CPU: they support no learned bias (only
-    Swin's, in ascend.py), and in bfloat16 without a mask their gradient takes 2 to 4 times as long as the formula's."""
-    bias_learns = mask is not None and mask.requires_grad
-    slow = bias_learns or mask is None and q.dtype == torch.bfloat16
-    if not (q.is_cpu and q.requires_grad and slow):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that gets here is a bias
+    By PyTorch's fused kernels, except for training on a CPU in bfloat16 without a mask, where their gradient takes 2 to
+    4 times as long as the formula's."""
+    if mask is None and q.is_cpu and q.requires_grad and q.dtype == torch.bfloat16:
+        return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_biased(q, k, v, bias):
+    """attend, with a bias (heads, N, M) added to the scores. A CPU has no fused kernel for a bias that learns, so for
+    this one the formula is written out, and for others only if it has four dimensions: bias[None]."""
+    if bias.is_cpu and bias.requires_grad:
+        return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
 
 
 class WindowAttention(nn.Module):
@@ -105,7 +111,7 @@ class WindowAttention(nn.Module):
                             K=3, i=self.w, j=self.w, heads=self.heads)
         bias = self.bias[self.index].permute(2, 0, 1)[None]             # (1, heads, w*w, w*w)
         bias = bias.expand(self.side**2, -1, -1, -1) if self.mask is None else bias + self.mask[:, None]
-        x = attend(q, k, v, bias.flatten(0, 1).to(q.dtype))
+        x = attend_biased(q, k, v, bias.flatten(0, 1).to(q.dtype))
         x = rearrange(x, "B (a b heads) (i j) d -> B (a i) (b j) (heads d)",
                       a=self.side, b=self.side, i=self.w, heads=self.heads)
         x = self.proj(x)
@@ -299,7 +305,8 @@ class PatchMerge(nn.Module):
 
 
 class PatchExpand(nn.Module):
-    """The reverse (Swin-Unet, arXiv 2105.05537): linear C -> 4C, rearrange to a 2x2 patch of C, norm."""
+    """The reverse (Swin-Unet, arXiv 2105.05537): linear C -> 4C, rearrange to a 2x2 patch of C, norm. (Swin-Unet's own
+    goes to C/2.)"""
 
     def __init__(self, channels):
         super().__init__()
@@ -332,9 +339,9 @@ class Layer(nn.Sequential):
 
 
 class ASCEND(nn.Module):
-    """ASCEND. Defaults: a CIFAR-10 model the size of the paper's others (48,038,075 parameters). Width, depth, window
-    and places of global attention are assumed, because the values in the paper's table of settings are not available to
-    us. Also assumed: the first convolution at full size, the convolutional middle, and a skip after every layer.
+    """ASCEND. Defaults: a CIFAR-10 model the size of the paper's others (48,038,075 parameters). Widths, depth,
+    places of global attention and dropout are assumed, because the values in the paper's table of settings are not
+    available to us. Also assumed: window, the first convolution at full size, the convolutional middle, all the skips.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
     not divide into windows."""
@@ -436,9 +443,9 @@ class ASCEND(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # The paper concatenates the vectors of text and time. Here this happens before the last layer of the time
-            # MLP: for its hidden vector a and the mean b of the text, W a + V b = [W V] [a; b]. (The place and the norm
-            # are assumed. With concatenation before the first layer, colours were learnt later.)
+            # The paper's IU-ViT concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b,
+            # and so is adding: a is the hidden vector of the time MLP, b the mean of the text. (Which vectors, and the
+            # norm, are assumed. With text before the MLP's first layer, colours of shapes were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)

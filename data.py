@@ -92,8 +92,8 @@ def processes():
         raise LocalError(f"the environment's RANK {rank!r} of WORLD_SIZE {world!r} makes no sense; torchrun sets them")
     port = os.environ.get("MASTER_PORT", "")
     if int(world) > 1 and not ("MASTER_ADDR" in os.environ and port.isdecimal() and int(port) < 2 ** 16):
-        raise LocalError(f"the environment has a WORLD_SIZE of {world} without MASTER_ADDR, or with a MASTER_PORT "
-                         f"{port!r} that is none; torchrun sets them")
+        raise LocalError(f"the environment has a WORLD_SIZE of {world} without a MASTER_ADDR and a valid MASTER_PORT "
+                         f"(it is {port!r}); torchrun sets them")
     return int(rank), int(world)
 
 
@@ -101,7 +101,7 @@ def write_file(path, write):
     """Write a binary file with write(f). It appears at path complete or not at all."""
     part = f"{path}.part"
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"cannot write {path}: it is no ordinary file")       # /dev/null, say, must not be replaced
+        raise OSError(f"cannot write {path}: it is not a regular file")       # /dev/null, say, must not be replaced
     try:
         with open(part, "wb") as f:
             write(f)
@@ -113,7 +113,7 @@ def write_file(path, write):
             os.unlink(part)
         if isinstance(e, RuntimeError):                 # torch.save's: the cause is in its context
             e = e.__context__ or e
-        if isinstance(e, (OSError, RuntimeError)):
+        if isinstance(e, (OSError, RuntimeError)) and not getattr(e, "filename", None):     # else it names its file
             raise OSError(f"cannot write {path}: {e}")
         raise
 
@@ -135,6 +135,11 @@ def check_room(folder, need, advice):
     free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try {advice}")
+
+
+def is_damage(e):
+    """Whether this error in reading files calls for making them again: not if the disk or permissions are at fault."""
+    return isinstance(e, FileNotFoundError) or not isinstance(e, (UserError, OSError))
 
 
 def removal(folder):
@@ -186,7 +191,7 @@ def read_dict(path):
         kind = LocalError if isinstance(e, (OSError, MemoryError)) else UserError       # perhaps this process alone
         raise kind(f"cannot read the checkpoint {path}: {reason}")
     if not isinstance(whole, dict):
-        raise UserError(f"{path} holds no weights by name, but a {type(whole).__name__}")
+        raise UserError(f"{path} holds a {type(whole).__name__}, not a dict of weights")
     return whole
 
 
@@ -571,8 +576,8 @@ def judge_scene(objects, asked):
     # which is which: the order in which more colours and shapes are as asked
     seen = max((seen, seen[::-1]), key=lambda order: sum(
         (o.colour == thing.colour) + (o.shape == thing.shape) for o, thing in zip(order, things)))
-    right = dict(colour=all(o.colour == thing.colour for o, thing in zip(seen, things)),
-                 shape=all(o.shape == thing.shape for o, thing in zip(seen, things)))
+    right = {name: all(getattr(o, name) == getattr(thing, name) for o, thing in zip(seen, things))
+             for name in ("colour", "shape")}
     if any(thing.size for thing in things):
         right["size"] = all(thing.size in (None, o.size) for o, thing in zip(seen, things))
     if place:
@@ -770,15 +775,16 @@ class Zip(Place):
     def __init__(self, src):
         self.src, self.zip = src, zipfile.ZipFile(src)
         found = {entry.filename.replace("\\", "/"): entry for entry in self.zip.infolist()}      # as old .NET writes
-        self.entries = entries = {name: entry for name, entry in found.items() if not name.endswith("/")
-                                  and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
-        self.sha256 = digest(f"{name}\t{entries[name].file_size}\t{entries[name].CRC}" for name in sorted(entries))
-        tops = {name[:name.find("/") + 1] for name in entries}
-        self.top = tops.pop() if len(tops) == 1 else ""                 # a folder around everything does not count
-        self.names = sorted(name.removeprefix(self.top) for name in entries)
+        found = {name: entry for name, entry in found.items() if not name.endswith("/")
+                 and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
+        self.sha256 = digest(f"{name}\t{found[name].file_size}\t{found[name].CRC}" for name in sorted(found))
+        tops = {name[:name.find("/") + 1] for name in found}
+        top = tops.pop() if len(tops) == 1 else ""                      # a folder around everything does not count
+        self.entries = {name.removeprefix(top): entry for name, entry in found.items()}
+        self.names = sorted(self.entries)
 
     def open(self, name):
-        return io.BytesIO(self.zip.read(self.entries[self.top + name]))
+        return io.BytesIO(self.zip.read(self.entries[name]))
 
 
 @functools.lru_cache(maxsize=4)
@@ -790,10 +796,10 @@ def open_lmdb(src):
     try:
         env = lmdb.open(src, readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as e:
-        raise UserError(f"{src} is not a readable lmdb: {e}")
+        raise LocalError(f"{src} is not a readable lmdb: {e}")
     size, whole = os.path.getsize(os.path.join(src, "data.mdb")), (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     if size < whole:                                    # reading on would kill this process with a bus error
-        raise UserError(f"{src} is cut short: data.mdb has {size:,} bytes of {whole:,}")
+        raise LocalError(f"{src} is cut short: data.mdb has {size:,} bytes of {whole:,}")
     return env
 
 
@@ -819,7 +825,7 @@ class Lmdb(Place):
         with open_lmdb(self.src).begin() as view:
             value = view.get(bytes(name)[:-1])
         if value is None:
-            raise UserError(f"{self.src} lacks entries that it had when it was prepared")
+            raise LocalError(f"{self.src} lacks entries that it had when it was prepared")
         return io.BytesIO(value)
 
     def title(self, name):
@@ -856,6 +862,10 @@ def tar_pictures(path):
     return np.array(rows, np.int64).reshape(-1, 5), trouble
 
 
+def tar_shards(folder):
+    return sorted(file for file in os.listdir(folder) if file.endswith(".tar") and not file.startswith("."))
+
+
 class Tars(Place):
     """The tar shards in a folder, as img2dataset writes them; names: int64 (N, 6), number of the shard, number of
     the picture in it, offset and length of the picture, offset and length of the caption."""
@@ -863,7 +873,7 @@ class Tars(Place):
     def __init__(self, src, names=None, shards=None, limit=None):
         self.src, self.names, self.shards = src, names, shards
         if names is None:
-            self.shards, found = sorted(f for f in os.listdir(src) if f.endswith(".tar")), []
+            self.shards, found = tar_shards(src), []
             paths = [os.path.join(src, shard) for shard in self.shards]
             with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
                 tables = tqdm(pool.map(tar_pictures, paths), desc="shards", total=len(paths), disable=None)
@@ -904,6 +914,8 @@ def open_files(src):
 
 
 # ---- how a picture becomes a square --------------------------------------------------------------
+warnings.filterwarnings("ignore", module="PIL")         # about pictures that it reads anyway
+
 # A crop is "square", the largest in the middle; "adm", the same as ADM cuts it; "N", the middle N pixels; or a box,
 # "LEFT,TOP,RIGHT,BOTTOM". If each picture of a set has its own box, "bbox" means that one.
 
@@ -1000,7 +1012,6 @@ def pictures_source(place, names, size, limit, crop, classes=(), label=None, cap
     there are any; boxes: name -> its crop, for crop "bbox"."""
     if len(names) == 0:
         raise UserError(f"no pictures in {place.src} or below; looked for {' '.join(EXTENSIONS)}")
-    warnings.filterwarnings("ignore", module="PIL")     # about files that it reads anyway
     names, skipped = spread(names, limit), []
     size = size or natural_size(place, names)
 
@@ -1056,6 +1067,8 @@ def folder_labels(place, names):
                             "pictures: labels are the numbers of classes, from 0")
         return (numbered(1 + max(labels.values()), 0), labels.get) if labels else ([], None)
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
+    if len(tops) > 2 and "" in tops:
+        print(f"warning: no classes, since some pictures of {place.src} are in no subfolder", file=sys.stderr)
     number = {top: i for i, top in enumerate(sorted(tops))}
     if len(tops) < 2 or "" in tops:
         return [], None
@@ -1096,7 +1109,7 @@ def folder_captions(place, names):
         if found:
             break
     if absent := sorted(found.keys() - files):
-        raise UserError(f"{file} speaks of {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
+        raise UserError(f"{file} names {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
     if not found:
         beside = {name: text for name in names if (text := os.path.splitext(name)[0] + ".txt") in files}
 
@@ -1116,7 +1129,7 @@ def folder_source(src, size, limit, crop, in_place=False):
         return (in_place_source(place, size, limit, crop) if in_place else
                 pictures_source(place, place.names, size, limit, crop))
     place = open_files(src)
-    names, tars = place.pictures(), isinstance(place, Folder) and any(f.endswith(".tar") for f in os.listdir(src))
+    names, tars = place.pictures(), isinstance(place, Folder) and tar_shards(src)
     if tars and (in_place or not names):
         return in_place_source(Tars(src, limit=limit), size, limit, crop)
     if in_place:
@@ -1214,6 +1227,8 @@ def imagenet_source(src, size, limit):
             labels.append(np.array(batch["labels"] if "labels" in batch else [0], np.int64) - 1)
     if not names or min(map(np.min, labels)) < 0 or max(map(np.max, labels)) > 999:
         raise UserError(f"no ImageNet in {src}: looked for train_data_batch_1.npz .. 10, with labels 1 .. 1000")
+    if len(names) != 10:
+        print(f"warning: {src} has {len(names)} of the 10 batches: taking those", file=sys.stderr)
     count = min(sum(map(len, labels)), limit or sys.maxsize)
 
     def rows():
@@ -1290,11 +1305,11 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
         return None
     except ValueError as e:
         raise UserError(f"{folder}/meta.json is damaged ({e}): {removal(folder)}, "
-                        f"and {'encode' if kinds is FEATURES else 'prepare'} again")
+                        f"and {'encode' if 'encoder' in kinds else 'prepare'} again")
     wrong = [key for key in kinds if not isinstance(meta, dict) or type(meta.get(key)) is not kinds[key]]
     if wrong:                                           # the folder may be somebody's own
-        raise UserError(f"{folder}/meta.json is of something else (it has no proper {', '.join(wrong)}): choose "
-                        "another name, or move that away")
+        raise UserError(f"{folder}/meta.json is of something else ({', '.join(wrong)} missing, or of the wrong type): "
+                        "choose another name, or move that away")
     return meta
 
 
@@ -1320,8 +1335,8 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
         raise UserError("--classes: only celeba64 and celebahq256 have attributes")
     if classes is not None and len(classes) > 10:
         raise UserError(f"--classes: {len(classes)} attributes make 2^{len(classes)} classes; at most 10 go together")
-    src, real = src and os.path.abspath(os.path.expanduser(src)), Path(os.path.realpath(src or ""))
-    if src and Path(os.path.realpath(folder)) in (real, *real.parents):
+    src = src and os.path.abspath(os.path.expanduser(src))
+    if src and Path(src).resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"--src {src} lies in {folder}, where the set goes: move the pictures away")
     meta = read_meta(folder)
     if meta:
@@ -1492,9 +1507,9 @@ class Pictures:
             parts = (self.place.names if self.place else self.images, self.labels, self.captions)
             if any(len(part) != self.n for part in parts if part is not None):
                 raise ValueError("its files are of different lengths")
-        except UserError:                               # about files elsewhere
-            raise
         except Exception as e:                          # numpy raises half a dozen kinds
+            if not is_damage(e):
+                raise
             raise UserError(f"{folder} is damaged ({e}): {removal(folder)}, and prepare it again")
 
     def __len__(self):
@@ -1505,17 +1520,17 @@ class Pictures:
 
     def take(self, index, n=None):
         """int64 (B,) -> the pictures of these numbers, uint8 (B, 3, S, S), and their numbers int64 (B,). In a set that
-        stays in place, a picture that cannot be read is replaced by the next of the first n that can."""
+        stays in place, a picture that cannot be read is replaced by the next one that can, of the first n."""
         if self.place is None:
             return self.images[index], index
-        images, numbers = zip(*(self.decode(int(i), n or self.n) for i in index))
+        images, numbers = zip(*(self.next_readable(int(i), n or self.n) for i in index))
         return np.stack(images), np.array(numbers, np.int64)
 
-    def decode(self, number, n):
-        """The picture of this number, or else the next of the first n that can be read, always the same one; and its
-        number."""
+    def next_readable(self, number, n):
+        """The picture of this number, or else the next of the first n that can be read; and its number."""
         skipped = os.path.join(self.folder, "skipped.txt")
-        for i in (j % n for j in range(number, number + 100)):
+        for i in range(number, number + 100):
+            i %= n
             name = self.place.names[i]
             file = self.place.open(name)                # if this fails, it is the disk's fault, not a picture's
             square = load_or_reason(lambda: file, self.size, self.crop)
@@ -1584,7 +1599,7 @@ def open_set(name, data_dir):
 MAX_TOKENS = 256                                        # the paper's context; longer captions are cut off
 CHUNK = 1000                                            # pictures; a killed encode loses at most its last chunk
 OPEN_PARTS = 16                                         # shards whose features a process keeps mapped
-FEATURES = dict(encoder=str, width=int, n=int)          # what their meta.json must hold
+FEATURES = dict(encoder=str, width=int, n=int, longest=int)     # what their meta.json must hold
 INSTALL_T5 = "pip install transformers sentencepiece protobuf"
 
 
@@ -1655,7 +1670,7 @@ def encode(encoder, texts):
     tokens = [t if len(t) <= MAX_TOKENS else [*t[:MAX_TOKENS - 1], t[-1]] for t in encoder.tokens(texts)]
     order, rows = sorted(range(len(tokens)), key=lambda i: -len(tokens[i])), [None] * len(tokens)
     while order:
-        n = max(1, 8192 // len(tokens[order[0]]))
+        n = max(1, 8192 // len(tokens[order[0]]))       # at most 8192 tokens in a batch, padding included
         for i, row in zip(order, encoder.vectors([tokens[i] for i in order[:n]])):
             rows[i] = row
         order = order[n:]
@@ -1680,8 +1695,8 @@ def encode_part(folder, captions, numbers, encoder):
     npy_header(header := io.BytesIO(), "<f2", 0, encoder.width)
     # two files grow: each chunk adds its tokens to one, and then a line of JSON to the other, below the encoder's name:
     # how many captions each picture has, and how many tokens each caption. A line that a kill cut short has no newline
-    tokens_part, chunks_part, owner = folder / "tokens.npy.part", folder / "chunks.part", f"{encoder.name}\n".encode()
-    with open(tokens_part, "a+b") as tokens, open(chunks_part, "a+b") as chunks:
+    tokens_file, chunks_file, owner = folder / "tokens.npy", folder / "chunks.part", f"{encoder.name}\n".encode()
+    with open(tokens_file, "a+b") as tokens, open(chunks_file, "a+b") as chunks:
         chunks.seek(0)
         found, *lines = chunks.readlines() or [b""]
         try:
@@ -1689,7 +1704,7 @@ def encode_part(folder, captions, numbers, encoder):
             done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
             of, sizes = ([n for chunk in done for n in chunk[i]] for i in range(2))
             start = len(header.getvalue()) + 2 * encoder.width * sum(sizes)
-            if done and os.path.getsize(tokens_part) < start:
+            if done and os.path.getsize(tokens_file) < start:
                 raise ValueError("tokens are missing")
         except (ValueError, TypeError, LookupError):    # the machine went down, not the program
             raise LocalError(f"{folder} is damaged: {removal(folder)}, and encode again")
@@ -1712,17 +1727,16 @@ def encode_part(folder, captions, numbers, encoder):
         null = encode(encoder, [""])[0]
         tokens.write(null.tobytes())
         sizes.append(len(null))
-    with open(tokens_part, "r+b") as f:
+    with open(tokens_file, "r+b") as f:
         npy_header(f, "<f2", sum(sizes), encoder.width)
         os.fsync(f.fileno())
     for name, steps in (("offsets", sizes), ("caption_of", of)):
         ends = np.cumsum([0, *steps], dtype=np.int64)
         write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
-    os.replace(tokens_part, folder / "tokens.npy")
     meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes) - 1, tokens=sum(sizes),
                 longest=max(sizes))
     write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
-    chunks_part.unlink()
+    chunks_file.unlink()
 
 
 def encode_set(pictures, encoder, limit=None, rank=0, world=1):
@@ -1761,7 +1775,7 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
     metas = {name: complete(name, len(parts[name])) for name in parts}
     if "" not in parts and all(metas.values()):
         total = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
-        longest = max(meta.get("longest", MAX_TOKENS) for meta in metas.values())
+        longest = max(meta["longest"] for meta in metas.values())
         shards = {name: meta["n"] for name, meta in metas.items()}
         whole = dict(encoder=encoder.name, width=encoder.width, **total, longest=longest, shards=shards)
         with alone(folder):                             # two may finish at once
@@ -1778,8 +1792,7 @@ class Features:
         self.folder, meta = folder, read_meta(folder, FEATURES)
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
-        self.encoder, self.width, self.n = meta["encoder"], meta["width"], meta["n"]
-        self.longest = meta.get("longest", MAX_TOKENS)  # earlier versions did not count it
+        self.encoder, self.width, self.n, self.longest = (meta[key] for key in FEATURES)
         self.parts = meta.get("shards", {"": self.n})
         self.names, self.ends = list(self.parts), np.cumsum(list(self.parts.values()))
         self.part = functools.lru_cache(OPEN_PARTS)(self.open)
@@ -1798,7 +1811,9 @@ class Features:
             if (tokens.shape != (offsets[-1], self.width) or len(caption_of) != self.parts[name] + 1
                     or caption_of[-1] != len(offsets) - 2):
                 raise ValueError("its files do not fit each other")
-        except Exception as e:                          # numpy raises half a dozen kinds
+        except Exception as e:
+            if not is_damage(e):
+                raise
             whole = " " + shlex.quote(f"{self.folder}/meta.json") if name else ""
             raise LocalError(f"{folder} is damaged ({e}): {removal(folder)}{whole}, and encode again")
         return tokens, offsets, caption_of
@@ -1820,11 +1835,12 @@ class Features:
 def pad(rows, length=0):
     """[float16 (L_i, d)] -> float16 (B, L, d), 0 beyond each text, and mask (B, L), True where it has a token. L is the
     longest, or `length` if that is more, rounded up to a multiple of 8: shapes are then few and suit hardware."""
-    L = (max(length, *map(len, rows)) + 7) // 8 * 8
-    features, mask = torch.zeros(len(rows), L, rows[0].shape[1], dtype=torch.float16), torch.zeros(len(rows), L)
+    sizes = torch.tensor([len(row) for row in rows])
+    L = (max(length, int(sizes.max())) + 7) // 8 * 8
+    features = torch.zeros(len(rows), L, rows[0].shape[1], dtype=torch.float16)
     for i, row in enumerate(rows):
-        features[i, :len(row)], mask[i, :len(row)] = torch.as_tensor(row), 1
-    return features, mask.bool()
+        features[i, :len(row)] = torch.as_tensor(row)
+    return features, torch.arange(L) < sizes[:, None]
 
 
 def null_like(cond, null):
@@ -1989,7 +2005,7 @@ def encode_command(name, data_dir, encoder, limit):
         print(f"{folder}: {meta['captions']:,} captions of {meta['n']:,} pictures, {meta['tokens']:,} tokens, "
               f"{2 * meta['tokens'] * meta['width']:,} bytes")
     else:
-        print(f"{folder}: process {rank} of {world} is through its shards, others are not yet")
+        print(f"{folder}: process {rank} of {world} has finished its shards; others have not")
 
 
 class Parser(argparse.ArgumentParser):
@@ -2014,7 +2030,7 @@ def parse(argv):
     p.add_argument("--size", metavar="S", type=int, help="pixels a side; default: 32 or 64, as fits")
     p.add_argument("--limit", metavar="N", type=int, help="at most so many pictures")
     p.add_argument("--crop", metavar="MODE", help="square (the largest in the middle), adm (the same, as ADM does it), "
-                   "N (the middle N pixels) or LEFT,TOP,RIGHT,BOTTOM; default: as the set is known")
+                   "N (the middle N pixels) or LEFT,TOP,RIGHT,BOTTOM; default: the set's usual crop")
     p.add_argument("--classes", metavar="A,B", type=lambda text: text.split(","),
                    help="celeba64, celebahq256: attributes to be classes, like Smiling")
     p = command("show", "draw a sheet of its pictures")
@@ -2044,7 +2060,8 @@ def main():
     elif args.command == "export":
         export(args.name, args.data_dir, args.out, args.limit)
     elif not prepare(args.name, args.data_dir, args.src, args.size, args.limit, args.crop, args.classes):
-        print(f"{os.path.join(args.data_dir, args.name)} is already prepared: nothing to do")
+        folder = set_folder(args.name, args.data_dir)
+        print(f"{folder} is already prepared, with {read_meta(folder)['n']:,} pictures: nothing to do")
 
 
 if __name__ == "__main__":

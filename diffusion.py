@@ -80,7 +80,7 @@ SCHEDULES = dict(linear=Linear(), cosine=Cosine())
 
 
 # ---- clocks ------------------------------------------------------------------------------------------
-# Networks trained elsewhere count time in their own way. All networks multiply their t by 1000, to get T = 1000 steps.
+# Networks trained elsewhere count time in their own way. Our networks multiply t by 1000, to get T = 1000 steps.
 # A clock turns the t of this file, at which a picture has noise sigma(t), into the t such a network was trained with.
 
 CLOCKS = dict(
@@ -91,7 +91,8 @@ CLOCKS = dict(
 
 def on_clock(net, name):
     """net itself, with a hook that translates t. From now on net(x, t, *cond) takes the t of this file, so that
-    training and sampling need not know about clocks. (Calling net.forward directly bypasses the hook.)"""
+    training and sampling need not know about clocks. (Calling net.forward directly bypasses the hook. Networks made by
+    sample.load have theirs: a second would translate twice.)"""
     if name != "plain":
         net.register_forward_pre_hook(functools.partial(translate, name), with_kwargs=True)
     return net
@@ -145,23 +146,25 @@ def clip_x0(x0, how):
 
 
 def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip="static", cond_fn=None, cond_scale=1.0):
-    """denoise(x, t) -> x0 for the samplers below: x (B, C, H, W), t a float, x0 like x.
+    """denoise(x, t) -> x0 for the samplers below: x (B, C, H, W), t a float, x0 like x. net should be in eval mode.
 
     cond, null: the condition and the null condition of the batch (the null class, or features and mask of the empty
     text), as tuples of tensors, equal in number and shapes. scale: classifier-free guidance,
         out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
-    clip: see clip_x0; 'none' for anything but pictures in [-1, 1], such as an autoencoder's latents.
+    clip: see clip_x0; 'none' for anything but pictures in [-1, 1], such as an autoencoder's latents. Without clipping,
+    eps on the cosine schedule needs em: the first step of ddim and dpm multiplies an error of eps by 100 to 200.
     cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
     cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score. (For
     notebooks: no command here has such a classifier.)"""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
-    assert scale == 1 or len(cond) == len(null), "guidance needs a null condition of as many tensors as cond has"
-    both = [torch.cat(pair) for pair in zip(cond, null)]
+    guided = len(cond) > 0 and scale != 1
+    assert not guided or len(cond) == len(null), "guidance needs a null condition of as many tensors as cond has"
+    both = [torch.cat(pair) for pair in zip(cond, null)] if guided else []
 
     def predict(x, t):
         t = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        if not cond or scale == 1:
+        if not guided:
             return net(x, t, *cond).float()
         with_cond, without = net(torch.cat([x, x]), torch.cat([t, t]), *both).float().chunk(2)
         return without + scale * (with_cond - without)          # for eps, v or x0 alike: each is affine in the others
@@ -213,9 +216,9 @@ def em(denoise, x, times, schedule, noise):
     smaller near the picture.
 
     First order, so its error falls only as 1 / steps. Each step replaces a fraction beta (below) of x's variance by
-    fresh noise, with the score held fixed. So beta must be small, except near t = 1, where x is all noise anyway: on
-    the linear schedule at t = 0.5 it is 0.4 with 20 steps, and 0.01 with the paper's 1000. Fresh noise is useful: it
-    corrects earlier mistakes of the network."""
+    fresh noise, with the score held fixed. So beta must be small: on the linear schedule at t = 0.5 it is 0.4 with 20
+    steps, and 0.01 with the paper's 1000. (Near t = 1 the cosine's is not: x, still all noise, gets a variance of up to
+    1.25, which the next steps bring back to 1.) Fresh noise is useful: it corrects earlier mistakes of the network."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
@@ -259,7 +262,8 @@ SAMPLERS = dict(em=(em, uniform_times), ddim=(ddim, logsnr_times), dpm=(dpm, log
 
 class ImageNoise:
     """One CPU generator per image: noise() -> (B, C, H, W) on `device`, fresh noise with each call. Row i depends
-    only on seeds[i], not on the batch it is in, the device or the number of processes."""
+    only on seeds[i], not on the batch it is in, the device or the number of processes. Make a new one for each run that
+    should start from the same noise."""
 
     def __init__(self, seeds, shape, device="cpu"):
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]

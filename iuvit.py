@@ -7,8 +7,8 @@
     3  text has its own cross-attention,            text_attn="concat" is GLIDE's joint attention, which the
        instead of being in the sequence             paper compares with
     4  time passes through an MLP (the paper does not say so, but its parameter counts leave room for exactly that).
-       The MLP's last layer also reads a vector of the text, if there is one: the normalised mean of the normalised
-       tokens (vector and layer are assumed)
+       With text, the paper concatenates a vector of the text with the time embedding; here the MLP's last layer reads
+       both, and the vector is the normalised mean of the normalised tokens (layer and vector are assumed)
 
 With 3, a text may have any length. Its tokens have no learnt position embedding, but a norm after the text embedding
 (assumed).
@@ -35,10 +35,11 @@ from torch import nn
 
 
 def timestep_embedding(t, dim):
-    """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
+    """t (B,) float32 in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
 
     The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
     frequencies 1 .. 1e-4 (exclusive) were chosen. It is applied here and nowhere else."""
+    assert t.dtype in (torch.float32, torch.float64), f"t is in [0, 1], as float32 (no step number), not {t.dtype}"
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000 * t.float()[:, None] * freqs
@@ -52,17 +53,14 @@ def masked_mean(tokens, mask):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). The mask broadcasts to
-    (B, heads, N, M): if bool, it says which of the M keys are read; if float, it is a bias, added to the scores.
+    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
+    (B, heads, N, M)): which of the M keys are read.
 
-    It uses PyTorch's fused kernels, except in two cases of training on a CPU: they support no learned bias (only
-    Swin's, in ascend.py), and in bfloat16 without a mask their gradient takes 2 to 4 times as long as the formula's."""
-    bias_learns = mask is not None and mask.requires_grad
-    slow = bias_learns or mask is None and q.dtype == torch.bfloat16
-    if not (q.is_cpu and q.requires_grad and slow):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that gets here is a bias
+    By PyTorch's fused kernels, except for training on a CPU in bfloat16 without a mask, where their gradient takes 2 to
+    4 times as long as the formula's."""
+    if mask is None and q.is_cpu and q.requires_grad and q.dtype == torch.bfloat16:
+        return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class SelfAttention(nn.Module):
@@ -145,7 +143,7 @@ class DWConvFFN(nn.Module):
 
     def forward(self, x):                                               # (B, N, D)
         x = F.gelu(self.fc1(x))                                         # (B, N, 4D)
-        # a norm acts on each token alone, so it may follow the split; this makes the convolution's input contiguous
+        # norm1 after the split, not before: the numbers are the same, and the convolution's input is contiguous
         extras, patches = self.norm1(x[:, :self.extras]), self.norm1(x[:, self.extras:])
         patches = self.dwconv(rearrange(patches, "B (h w) D -> B D h w", h=self.grid))
         x = torch.cat([extras, rearrange(patches, "B D h w -> B (h w) D")], dim=1)
@@ -153,8 +151,9 @@ class DWConvFFN(nn.Module):
 
 
 class IUBlock(nn.Module):
-    """U-ViT's block, which also reads the text between attention and FFN (paper, appendix, Fig. 8 right; a norm
-    before each of the three is assumed, although the figure seems to draw two)."""
+    """Pre-norm Transformer block. In the second half of the network it starts by merging in its skip. Text is read
+    between attention and FFN (paper, appendix, Fig. 8 right; a norm before each of the three is assumed, although the
+    figure seems to draw two)."""
 
     def __init__(self, dim, heads, ffn, skip, text_attn):
         super().__init__()
@@ -178,7 +177,8 @@ class IUBlock(nn.Module):
 
 
 class IUViT(nn.Module):
-    """IU-ViT. Defaults: the paper's CIFAR-10 model (45,150,595 parameters; "45M" in the paper).
+    """IU-ViT. Defaults: the paper's CIFAR-10 model: 45,150,595 parameters, "45M" in the paper, which also gives the
+    depth; patch, width and heads are derived.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if sizes do not divide evenly."""
 
@@ -237,7 +237,7 @@ class IUViT(nn.Module):
         pos_embed          normal, std 0.02   (trunc_normal_, as published; its cut at 2 is a hundred std away)
         head               0, so the first prediction is 0 and the first loss is E|target|^2, 1 for eps (assumed);
                            linear-first: as published, since two layers in a row that start near zero both learn slowly
-        everything else    PyTorch's defaults, as in U-ViT"""
+        everything else    PyTorch's defaults, as published"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -263,9 +263,9 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # The paper concatenates the vectors of text and time. Here this happens before the last layer of the time
-            # MLP: for its hidden vector a and the mean b of the text, W a + V b = [W V] [a; b]. (The place and the norm
-            # are assumed. With concatenation before the first layer, colours were learnt later.)
+            # The paper concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b, so adding
+            # is concatenating: a is the hidden vector of the time MLP, b the mean of the text. (Which vectors, and
+            # the norm, are assumed. With text before the MLP's first layer, colours of shapes were learnt later.)
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None]]                                            # (B, 1, D)
         if self.class_embed is not None:

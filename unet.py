@@ -8,7 +8,7 @@ arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <--+             decoder
 
 Time (and class, and the mean of a text) enters every ResBlock as a scale and a shift of its second group norm. Text is
-also read token by token, by cross-attention after each Attn.
+also read token by token, by cross-attention after each Attn (assumed).
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), L tokens of a text.
 Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
 """
@@ -21,10 +21,11 @@ from torch import nn
 
 
 def timestep_embedding(t, dim):
-    """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
+    """t (B,) float32 in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
 
     The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
     frequencies 1 .. 1e-4 (exclusive) were chosen. It is applied here and nowhere else."""
+    assert t.dtype in (torch.float32, torch.float64), f"t is in [0, 1], as float32 (no step number), not {t.dtype}"
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000 * t.float()[:, None] * freqs
@@ -104,17 +105,14 @@ class ResBlock(Timed):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). The mask broadcasts to
-    (B, heads, N, M): if bool, it says which of the M keys are read; if float, it is a bias, added to the scores.
+    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
+    (B, heads, N, M)): which of the M keys are read.
 
-    It uses PyTorch's fused kernels, except in two cases of training on a CPU: they support no learned bias (only
-    Swin's, in ascend.py), and in bfloat16 without a mask their gradient takes 2 to 4 times as long as the formula's."""
-    bias_learns = mask is not None and mask.requires_grad
-    slow = bias_learns or mask is None and q.dtype == torch.bfloat16
-    if not (q.is_cpu and q.requires_grad and slow):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that gets here is a bias
+    By PyTorch's fused kernels, except for training on a CPU in bfloat16 without a mask, where their gradient takes 2 to
+    4 times as long as the formula's."""
+    if mask is None and q.is_cpu and q.requires_grad and q.dtype == torch.bfloat16:
+        return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class SpatialAttention(nn.Module):
@@ -264,8 +262,8 @@ class UNet(nn.Module):
         # middle
         self.middle = Layer(res(C, C), *attention(C), res(C, C))
 
-        # decoder: one layer for each skip (widths are the encoder's). The skip of a level's last layer is what the
-        # encoder's level started from: the output of the down before it, or of the first conv
+        # decoder: one layer for each layer of the encoder, whose output is its skip. So a level has one layer more than
+        # in the encoder, which reads what the encoder's level started from: a down's output, or the first conv's
         widths = [layer.out_channels for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
@@ -299,9 +297,9 @@ class UNet(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # The paper concatenates the vectors of text and time. Here this happens before the last layer of the time
-            # MLP: for its hidden vector a and the mean b of the text, W a + V b = [W V] [a; b]. (The place and the norm
-            # are assumed. With concatenation before the first layer, colours were learnt later.)
+            # The paper's IU-ViT concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b,
+            # and so is adding: a is the hidden vector of the time MLP, b the mean of the text. (Which vectors, and the
+            # norm, are assumed. With text before the MLP's first layer, colours of shapes were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)

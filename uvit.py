@@ -1,6 +1,6 @@
 """U-ViT, a plain Vision Transformer with a U-Net's long skips (Bao et al., arXiv 2209.12152), as published.
 It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`. sample.py reads the
-weights that U-ViT's authors published.
+weights that U-ViT's authors published, except those for latents; their networks count time as 0.999 t.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, text .., patch, ..]
@@ -24,10 +24,11 @@ from torch import nn
 
 
 def timestep_embedding(t, dim):
-    """t (B,) float in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
+    """t (B,) float32 in [0, 1] -> (B, dim): cosines, then sines, of 1000 t at dim/2 geometric frequencies.
 
     The factor 1000 puts continuous time on the scale of the T = 1000 discrete steps for which the
     frequencies 1 .. 1e-4 (exclusive) were chosen. It is applied here and nowhere else."""
+    assert t.dtype in (torch.float32, torch.float64), f"t is in [0, 1], as float32 (no step number), not {t.dtype}"
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = 1000 * t.float()[:, None] * freqs
@@ -35,17 +36,14 @@ def timestep_embedding(t, dim):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). The mask broadcasts to
-    (B, heads, N, M): if bool, it says which of the M keys are read; if float, it is a bias, added to the scores.
+    """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
+    (B, heads, N, M)): which of the M keys are read.
 
-    It uses PyTorch's fused kernels, except in two cases of training on a CPU: they support no learned bias (only
-    Swin's, in ascend.py), and in bfloat16 without a mask their gradient takes 2 to 4 times as long as the formula's."""
-    bias_learns = mask is not None and mask.requires_grad
-    slow = bias_learns or mask is None and q.dtype == torch.bfloat16
-    if not (q.is_cpu and q.requires_grad and slow):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)              # (B, heads, N, M)
-    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v      # a mask that gets here is a bias
+    By PyTorch's fused kernels, except for training on a CPU in bfloat16 without a mask, where their gradient takes 2 to
+    4 times as long as the formula's."""
+    if mask is None and q.is_cpu and q.requires_grad and q.dtype == torch.bfloat16:
+        return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
@@ -58,9 +56,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, mask):                                         # x (B, N, D), mask None or (B, 1, 1, N)
+    def forward(self, x, readable):                                     # x (B, N, D), readable None or (B, 1, 1, N)
         q, k, v = rearrange(self.qkv(x), "B N (K heads d) -> K B heads N d", K=3, heads=self.heads)
-        x = attend(q, k, v, mask)
+        x = attend(q, k, v, readable)
         return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
 
 
@@ -87,10 +85,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.ffn = ffn
 
-    def forward(self, x, mask, skip=None):                              # x, skip (B, N, D), mask None or (B, 1, 1, N)
+    def forward(self, x, readable, skip=None):                          # x, skip (B, N, D), readable as in Attention
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x), mask)
+        x = x + self.attn(self.norm1(x), readable)
         return x + self.ffn(self.norm2(x))
 
 
@@ -102,7 +100,7 @@ class UViT(nn.Module):
     def __init__(self,
                  img_size=32,               # pixels per side
                  channels=3,                # image channels
-                 patch_size=2,              # pixels per side of a patch; img_size / 16 keeps the published 256 patches
+                 patch_size=2,              # pixels per side of a patch; img_size / 16 keeps U-ViT's 256 patches
                  dim=512,                   # width of a token
                  depth=13,                  # blocks, including the middle one: 6 + 1 + 6
                  heads=8,
@@ -153,30 +151,31 @@ class UViT(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
-        at padding tokens, which may hold any finite numbers; without a mask there is no padding."""
+        at padding tokens, which may hold any finite numbers; without a mask there is no padding. Only the
+        first text_len tokens are read."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
-        tokens, keys = [time[:, None]], None                                # (B, 1, D); keys None: all tokens are read
+        tokens, readable = [time[:, None]], None                            # (B, 1, D); None: all tokens are readable
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             pad = self.text_len - y.shape[1]                                # F.pad cuts if it is negative
             tokens.append(self.text_embed(F.pad(y, (0, 0, 0, pad))))        # (B, text_len, D)
             mask = F.pad(mask, (0, pad))                                    # (B, text_len); padding masked: assumed
-            keys = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # plus time, patches: (B, 1, 1, N)
+            readable = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # plus time, patches: (B, 1, 1, N)
         if self.class_embed is not None:
             tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
         x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
 
         skips = []
         for block in self.in_blocks:
-            x = block(x, keys)                                              # (B, N, D)
+            x = block(x, readable)                                          # (B, N, D)
             skips.append(x)
-        x = self.mid_block(x, keys)                                         # (B, N, D)
+        x = self.mid_block(x, readable)                                     # (B, N, D)
         for block in self.out_blocks:
-            x = block(x, keys, skips.pop())                                 # (B, N, D)
+            x = block(x, readable, skips.pop())                             # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
         x = self.to_pixels(x)                                               # (B, h*w, p*p*C)

@@ -402,6 +402,11 @@ def test_without_two_subfolders_that_hold_everything_there_are_no_classes(paths,
     assert len(pictures) == 2 and pictures.classes == [] and pictures.labels is pictures.captions is None
 
 
+def test_one_picture_outside_the_subfolders_takes_the_classes_away_but_not_silently(album, tmp_path, capsys):
+    assert prepared(album("cats/1.png", "dogs/1.png", "preview.png"), tmp_path).classes == []
+    assert "warning: no classes, since some pictures of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("side, size", [(20, 32), (63, 32), (64, 64), (300, 64)])
 def test_the_default_size_suits_the_pictures(side, size, album, tmp_path):
     assert prepared(album("1.png", "2.png", side=side), tmp_path).size == size
@@ -485,7 +490,7 @@ def test_prepare_writes_what_it_announces_and_nothing_else(terminal):
 def test_prepare_does_nothing_to_a_set_that_is_there(terminal):
     terminal("prepare", "shapes", "--limit", 30)
     written = os.stat("datasets/shapes/images.npy").st_mtime_ns
-    assert terminal("prepare", "shapes") == (0, "datasets/shapes is already prepared: nothing to do\n", "")
+    assert terminal("prepare", "shapes") == (0, "datasets/shapes is already prepared, with 30 pictures: nothing to do\n", "")
     code, _, complaint = terminal("prepare", "shapes", "--limit", 31)
     assert code == 2 and "is already there, with limit 30; to prepare it anew: rm -r datasets/shapes" in complaint
     assert os.stat("datasets/shapes/images.npy").st_mtime_ns == written
@@ -805,7 +810,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path):
 
 def test_what_is_no_ordinary_file_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")                                                # /dev/null is one, too
-    with pytest.raises(OSError, match="no ordinary file"):
+    with pytest.raises(OSError, match="not a regular file"):
         data.write_file(tmp_path / "pipe", lambda f: f.write(b"gone"))
     assert (tmp_path / "pipe").is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
@@ -817,7 +822,7 @@ class Malice:
 
 @pytest.mark.parametrize("content, says", [
     (None, "No such file"), (b"", "cannot read"), (b"not a checkpoint", "cannot read"),
-    (torch.zeros(3), "holds no weights by name"), (dict(model={}), "holds no config"), (dict(config=Malice()), "cannot read")])
+    (torch.zeros(3), "holds a Tensor, not a dict of weights"), (dict(model={}), "holds no config"), (dict(config=Malice()), "cannot read")])
 def test_what_is_no_checkpoint_is_refused_and_runs_no_code(content, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):

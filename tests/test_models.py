@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 
 import diffusion
-from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, WindowAttention, attend
+from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, WindowAttention, attend, attend_biased
 from conftest import TINY
 from iuvit import CrossAttention, IUViT
 from unet import GroupNorm, SpatialAttention, UNet, timestep_embedding
@@ -120,6 +120,13 @@ def test_output_is_a_float32_picture_like_the_input(model, condition):
 def test_pictures_may_have_other_channels_than_three(model, channels):
     x, t = torch.randn(2, channels, 16, 16), torch.rand(2)
     assert awake(model, channels=channels)(x, t).shape == x.shape
+
+
+@each_model
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float16], ids=str)
+def test_times_that_are_step_numbers_or_rounded_are_refused(model, dtype):
+    with pytest.raises(AssertionError, match=r"t is in \[0, 1\], as float32"):
+        awake(model)(torch.randn(2, 3, 16, 16), torch.ones(2).to(dtype))
 
 
 @each_model
@@ -382,9 +389,10 @@ def test_attention_is_a_softmax_written_out():
 def test_attention_in_training_on_cpus_is_that_of_sampling_with_pytorchs_gradient(dtype, biased, tolerance):
     inputs = [torch.randn(2, 3, 10, 16, requires_grad=True) for _ in range(3)]
     inputs += [torch.randn(3, 10, 10, requires_grad=True)] if biased else []
-    ours = attend(*(x.to(dtype) for x in inputs))                                           # written out
+    function = attend_biased if biased else attend
+    ours = function(*(x.to(dtype) for x in inputs))                                         # written out
     with torch.no_grad():
-        assert (ours - attend(*(x.to(dtype) for x in inputs))).abs().max() < tolerance      # fused
+        assert (ours - function(*(x.to(dtype) for x in inputs))).abs().max() < tolerance    # fused
     theirs = F.scaled_dot_product_attention(*inputs)
     wanted = torch.randn_like(theirs)
     for a, b in zip(torch.autograd.grad(ours, inputs, wanted.to(dtype)), torch.autograd.grad(theirs, inputs, wanted)):

@@ -233,7 +233,7 @@ def test_a_set_goes_from_its_published_form_to_a_trained_network(name, published
     pictures = data.open_set(name, "datasets")
     assert len(pictures) == n and len(pictures.classes) == classes and (pictures.labels is None) == (classes == 0)
     assert (pictures.captions and pictures.captions[0][0]) == caption
-    assert terminal("prepare", name)[1].endswith("already prepared: nothing to do\n")
+    assert terminal("prepare", name)[1].endswith(f"already prepared, with {n} pictures: nothing to do\n")
 
     code, said, complaint = terminal("show", name)
     assert code == 0 and f"show.png: {n} of {n} pictures" in said, complaint
@@ -326,11 +326,12 @@ def test_birds_without_captions_are_still_a_set(published, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("limit", [None, 6])
-def test_imagenet_batches_follow_their_numbers_and_labels_start_at_zero(limit, published, tmp_path):
+def test_imagenet_batches_follow_their_numbers_and_labels_start_at_zero(limit, published, tmp_path, capsys):
     pictures = opened("imagenet64", published(imagenet), tmp_path, limit=limit)
     pixels = np.concatenate([imagenet_pixels(batch) for batch in (1, 2, 10)])
     assert np.array_equal(pictures.images.reshape(-1, 12288), pixels[:limit])
     assert pictures.labels.tolist() == [0, 999, 6, 0, 0, 999, 6, 1, 0, 999, 6, 9][:limit]
+    assert "has 3 of the 10 batches: taking those" in capsys.readouterr().err, "one of two archives, perhaps"
 
 
 def test_imagenet_classes_have_names_where_the_list_is_there(published, tmp_path):
@@ -800,12 +801,11 @@ def test_few_of_many_shards_are_open_at_a_time(tmp_path):
     names = [f"{i:05d}" for i in range(3 * data.OPEN_PARTS)]
     for i, name in enumerate(names):
         list(data.encode_part(tmp_path / name, [[f"number {i}"]], range(1), data.Words()))
-    write(tmp_path / "meta.json", json.dumps(dict(encoder="words", width=256, n=len(names),
+    write(tmp_path / "meta.json", json.dumps(dict(encoder="words", width=256, n=len(names), longest=3,
                                                   shards=dict.fromkeys(names, 1))))
     features = data.Features(str(tmp_path))
     rows = features.rows(np.arange(len(names)), np.zeros(len(names), np.uint64))
     assert all(map(np.array_equal, rows, data.encode(data.Words(), [f"number {i}" for i in range(len(names))])))
-    assert features.longest == data.MAX_TOKENS, "when meta.json does not say, as that of earlier versions"
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert len(maps) == 3 * data.OPEN_PARTS
 
@@ -911,8 +911,23 @@ def test_a_set_made_anew_of_other_pictures_has_another_fingerprint(published, tm
     assert len(prints | {opened("mine", src, tmp_path).fingerprint}) == 5
 
 
+def test_a_file_that_cannot_be_read_just_now_is_not_called_damaged(captioned, monkeypatch):
+    pictures = captioned("set")
+    data.encode_set(pictures, data.Words())
+    text = data.Features(data.text_folder(pictures.folder, "words"))
+
+    def refused(path, *args, **how):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(np, "load", refused)
+    with pytest.raises(PermissionError, match="index.npy"):             # which data.run prints, in one line
+        data.open_set("set", os.path.dirname(pictures.folder))
+    with pytest.raises(PermissionError, match="tokens.npy"):
+        text.open("00000")
+
+
 @pytest.mark.parametrize("file, content, says", [
-    ("meta.json", b"[]", "no proper name, size, n, classes, flip"), ("meta.json", b'{"name": "edm"}', "no proper size"),
+    ("meta.json", b"[]", "name, size, n, classes, flip missing"), ("meta.json", b'{"name": "edm"}', "size, n, .* missing"),
     ("labels.npy", np.zeros(4), "labels are not int64"), ("labels.npy", np.full(4, 3), "classes below 3"),
     ("images.npy", np.zeros((4, 3, 64, 64)), "images are float64"),
     ("images.npy", np.zeros((4, 64, 64, 3), np.uint8), r"images are uint8 \(4, 64, 64, 3\)")])

@@ -163,15 +163,22 @@ def test_encoding_that_is_killed_goes_on_to_the_same_bytes(captions, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_encoding_that_is_killed_at_its_end_does_no_caption_again(captions, tmp_path, monkeypatch):
-    def part():
-        return list(data.encode_part(tmp_path / "part", [["one"], ["two"]], range(2), data.Words()))
+@pytest.mark.parametrize("last", ["offsets.npy", "caption_of.npy", "meta.json"])
+def test_encoding_that_is_killed_at_its_end_does_no_caption_again(last, tmp_path, monkeypatch):
+    def part(folder):
+        return list(data.encode_part(tmp_path / folder, [["one"], ["two"]], range(2), data.Words()))
+
+    def killed(path, write, write_file=data.write_file):
+        if path.name == last:
+            raise KeyboardInterrupt
+        write_file(path, write)
 
     monkeypatch.setattr(data, "CHUNK", 2)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(data, "write_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        part()
-    assert part() == [] and (tmp_path / "part/tokens.npy").exists()
+        m.setattr(data, "write_file", killed)
+        part("part")
+    assert part("part") == [] and len(part("whole")) == 1
+    assert (tmp_path / "part/tokens.npy").read_bytes() == (tmp_path / "whole/tokens.npy").read_bytes()
 
 
 @pytest.mark.parametrize("line", [b"[[1], [2]]\n", b"[[1]]\n", b"7\n", b"\0\0\n"])
