@@ -68,7 +68,8 @@ class LocalError(UserError):
 
 def run(main):
     """main(), but a UserError or OSError ends in one line and exit code 2 instead of a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")   # file names need not be valid text
+    # file names need not be valid text; and in a log file, lines are to be seen at once
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         sys.stdout.flush()

@@ -48,18 +48,18 @@ def fail(message):
 # ---- where and how precisely to compute -----------------------------------------------------------------
 
 def pick_device(name):
-    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. OSError if the device
-    asked for by name, or a GPU for this process, is not here."""
+    """'auto' -> the best of cuda, mps, cpu that is here; under torchrun, this process's own GPU. LocalError if the
+    device asked for by name, or a GPU for this process, is not here."""
     present = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     here = [device for device in present if present[device]]
     if name == "auto":
         name = here[0]
     if name not in here:
-        raise OSError(f"there is no {name} on this machine that PyTorch can use; there is {', '.join(here)}")
+        raise data.LocalError(f"there is no {name} on this machine that PyTorch can use; there is {', '.join(here)}")
     if name == "cuda":
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count > 1:
-            raise OSError(f"process {local} of this machine has no GPU of its own: there are {count}")
+            raise data.LocalError(f"process {local} of this machine has no GPU of its own: there are {count}")
         name = f"cuda:{local % count}"                          # a scheduler may show each process only its own GPU
         torch.cuda.set_device(name)
     return torch.device(name)
@@ -189,8 +189,8 @@ def parse(argv):
     p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
     p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
                    "default: the run's own")
-    p.add_argument("--clip", choices=KNOWN["clip"], help="limits on pictures; default: the run's own, but for text of "
-                   "another guidance above 2 dynamic in place of static")
+    p.add_argument("--clip", choices=KNOWN["clip"], help="how pictures are kept in range; default: the run's own (for "
+                   "text, with guidance above 2 that is not the run's own, dynamic in place of static)")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
                    "one a line; default: the captions of the training's grid")
@@ -246,7 +246,7 @@ def settle(args, config):
     args.prompt = args.prompt and with_files(args.prompt)
     if args.n is None:
         args.n = 8 if len(args.cfg) > 1 else 64
-        if args.prompt:                                                 # whole rounds of them
+        if args.prompt:                                                 # at most eight of each, and at least one
             args.n = max(1, args.n // max(8, len(args.prompt))) * len(args.prompt)
     if len(args.cfg) > 1 and len(args.cfg) * args.n > SHEET:
         fail(f"a sheet holds {SHEET:,} pictures, and {len(args.cfg)} rows of {args.n:,} are more: use a smaller --n")
@@ -297,7 +297,7 @@ def features_of(prompts, args, text):
              "network was trained: name where that one lies now with --encoder")
     if not familiar:
         for prompt, tokens in zip(prompts, encoder.tokens(prompts)):
-            if len(tokens) > data.MAX_TOKENS:
+            if len(tokens) > data.MAX_TOKENS and data.processes()[0] == 0:
                 print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
         rows = data.encode(encoder, prompts)
     return rows, mark(args.attend, prompts, encoder) if args.attend else None
@@ -522,7 +522,7 @@ def check_places(args, command):
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            fail(f"cannot write there: {e}")
+            fail(f"cannot write to {place}: {e}")
         if not os.access(place, os.W_OK):
             fail(f"no permission to write into {place}")
     if any(file.is_dir() for file in files):

@@ -241,12 +241,69 @@ def paper_run(name, steps, batch, lr, net, other):
 PRESETS.update({row[0]: paper_run(*row) for row in PAPER_RUNS})
 
 
+# ---- the command line ---------------------------------------------------------------------------------
+
 def json_object(text):
     """The type of --net."""
     try:
         return dict(**json.loads(text))                 # a TypeError for anything but an object
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"""{text!r} is no JSON object, like '{{"dim": 64}}'""")
+
+
+def nearest_preset(asked):
+    """The first row with the model, data and cond asked for. A set without a row takes one of the nearest size."""
+    model, name = asked.get("model", "unet"), asked.get("data", "shapes")
+    rows = {p: row for p, row in PRESETS.items() if row["model"] == model}
+    fits = [p for p, row in rows.items() if row["data"] == name]
+    if fits:
+        return next((p for p in fits if rows[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
+    size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
+    return min(rows, key=lambda p: (abs(math.log(data.BUILT_IN[rows[p]["data"]]["size"] / size)),
+                                    rows[p].get("cond") != "text" and asked.get("cond") == "text"))
+
+
+def stem(path):
+    """A name for weights: that of their file or, for a checkpoint, of its run."""
+    own = re.fullmatch(r"ckpt(?:_(\d+))?\.pt", Path(path).name)
+    return "-".join(filter(None, [Path(path).absolute().parent.name, own[1]])) if own else Path(path).stem
+
+
+def recorded(out):
+    """The config.json of the run in a folder, which is written before its first checkpoint; {} if there is none, or it
+    is something else."""
+    try:
+        return dict(json.loads(Path(out, "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def inherited(asked, fresh):
+    """The fields of the config that the weights of --init-from decide. Flags and a preset's model may not contradict
+    them; the preset's other fields give way.
+
+    Once the run has its own checkpoint, which says the same, the file is no longer needed."""
+    path, name = asked["init_from"], asked["data"]
+    own = recorded(asked["out"]) if Path(asked["out"], "ckpt.pt").exists() and not fresh else {}
+    there = own if own.get("init_from") == path else sample.read(path)[0]
+    fixed = {key: there[key] for key in ("model", "schedule", "prediction", "clock")}
+    defaults = {key: p.default for key, p in inspect.signature(MODELS[there["model"]]).parameters.items()}
+    full = json.loads(json.dumps({**defaults, **there["net"]}))             # so that tuples are lists, as in --net
+
+    net, old, new = dict(there["net"]), there["info"]["size"], data.describe(name, asked["data_dir"])["size"]
+    if old != new and "attn_sizes" not in full:
+        fail(f"{path} is of {old}x{old} pictures and {name} of {new}x{new}: a {there['model']} keeps its size")
+    if old != new:                                      # convolutional: attention stays at the same levels
+        net["attn_sizes"] = full["attn_sizes"] = [size * new // old for size in full["attn_sizes"]]
+
+    model = PRESETS[asked["preset"]]["model"] if asked.get("preset") else there["model"]
+    asked = {"model": model, **asked}
+    pairs = [(f"--{key}", asked.get(key, value), value) for key, value in fixed.items()]
+    pairs += [(f"--net {key}", value, full.get(key)) for key, value in asked.get("net", {}).items() if key != "dropout"]
+    wrong = [f"{flag} {mine!r} asked, {theirs!r} there" for flag, mine, theirs in pairs if mine != theirs]
+    if wrong:
+        fail(f"{path} decides on the network, its schedule, prediction and clock: {'; '.join(wrong)}")
+    return dict(fixed, net=net, cond=there["cond"])
 
 
 def parse(argv):
@@ -265,7 +322,7 @@ def parse(argv):
     fresh, dry_run = asked.pop("fresh"), asked.pop("dry_run")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         fresh = False                                   # torchrun has replaced a rank that died: the run must go on
-    if fresh and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":            # restarts for another node do not count
+    if fresh and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":    # restarts that other nodes cause are not counted
         fail("--fresh on several nodes would start over whenever torchrun replaces a rank: move the old run yourself")
 
     if empty := [field for field, value in asked.items() if value == ""]:           # --init-from "$FORGOTTEN"
@@ -277,8 +334,8 @@ def parse(argv):
         fail(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
     row = PRESETS[name] if name else FINE_TUNE
     if asked.get("init_from"):
-        # what the weights decide overrides the row, and the flags override both. Set and folder must be known first,
-        # since the run may already have a checkpoint, which then decides
+        # what the weights decide overrides the row, and flags may not contradict it. Set and folder must be known
+        # first, since the run may already have a checkpoint, which then decides
         asked = {"data": row["data"], "data_dir": Config.data_dir, **asked}
         asked = {"out": f"runs/{asked['data']}-from-{stem(asked['init_from'])}", **asked}
         try:
@@ -306,14 +363,19 @@ def parse(argv):
         fail("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
     own = config.data == row["data"] and config.model == row["model"]
     usual = row.get("cond", Config.cond) if own else "class" if classes else "none"
-    other = f"-{config.cond}" if config.cond != usual else ""               # apart from the usual run
+    other = f"-{config.cond}" if config.cond != usual else ""               # so not in the folder of the usual run
     config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{other}"
     if Path(config.out).name in ("", ".."):
         fail(f"--out must name a folder of its own, not {config.out}")
     if fresh and config.init_from and Path(config.out).resolve() in Path(config.init_from).resolve().parents:
         fail(f"--fresh would move {config.init_from} away, which --init-from is to read: choose another --out")
 
-    # are the values sensible
+    check(config)
+    return config, fresh, dry_run
+
+
+def check(config):
+    """UserError if a number makes no sense."""
     for field, value in dataclasses.asdict(config).items():
         flag = f"--{field.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
@@ -324,79 +386,6 @@ def parse(argv):
             fail(f"{flag} must lie in [0, 1), not at {value}")
         if field in ("warmup", "workers", "weight_decay", "seed", "keep_every") and not 0 <= value < 2**63:
             fail(f"{flag} must not be negative, nor 2^63 or more")
-    return config, fresh, dry_run
-
-
-def nearest_preset(asked):
-    """The first row with the model, data and cond asked for. A set without a row takes one of the nearest size."""
-    model, name = asked.get("model", "unet"), asked.get("data", "shapes")
-    rows = {p: row for p, row in PRESETS.items() if row["model"] == model}
-    fits = [p for p, row in rows.items() if row["data"] == name]
-    if fits:
-        return next((p for p in fits if rows[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
-    size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
-    return min(rows, key=lambda p: (abs(math.log(data.BUILT_IN[rows[p]["data"]]["size"] / size)),
-                                    rows[p].get("cond") != "text" and asked.get("cond") == "text"))
-
-
-# ---- starting from weights -------------------------------------------------------------------------------
-
-def stem(path):
-    """A name for weights: that of their file or, for a checkpoint, of its run."""
-    own = re.fullmatch(r"ckpt(?:_(\d+))?\.pt", Path(path).name)
-    return "-".join(filter(None, [Path(path).absolute().parent.name, own[1]])) if own else Path(path).stem
-
-
-def inherited(asked, fresh):
-    """The fields of the config that the weights of --init-from decide. Flags and a preset's model may not contradict
-    them; the preset's other fields give way.
-
-    Once the run has its own checkpoint, which says the same, the file is no longer needed."""
-    path, name = asked["init_from"], asked["data"]
-    ckpt = Path(asked["out"], "ckpt.pt")
-    own = data.read_checkpoint(ckpt)["config"] if ckpt.exists() and not fresh else {}
-    there = own if own.get("init_from") == path else sample.read(path)[0]
-    fixed = {key: there[key] for key in ("model", "schedule", "prediction", "clock")}
-    defaults = {key: p.default for key, p in inspect.signature(MODELS[there["model"]]).parameters.items()}
-    full = json.loads(json.dumps({**defaults, **there["net"]}))             # so that tuples are lists, as in --net
-
-    net, old, new = dict(there["net"]), there["info"]["size"], data.describe(name, asked["data_dir"])["size"]
-    if old != new and "attn_sizes" not in full:
-        fail(f"{path} is of {old}x{old} pictures and {name} of {new}x{new}: a {there['model']} keeps its size")
-    if old != new:                                      # convolutional: attention stays at the same levels
-        net["attn_sizes"] = full["attn_sizes"] = [size * new // old for size in full["attn_sizes"]]
-
-    model = PRESETS[asked["preset"]]["model"] if asked.get("preset") else there["model"]
-    asked = {"model": model, **asked}
-    pairs = [(f"--{key}", asked.get(key, value), value) for key, value in fixed.items()]
-    pairs += [(f"--net {key}", value, full.get(key)) for key, value in asked.get("net", {}).items() if key != "dropout"]
-    wrong = [f"{flag} {mine!r} asked, {theirs!r} there" for flag, mine, theirs in pairs if mine != theirs]
-    if wrong:
-        fail(f"{path} decides on the network, its schedule, prediction and clock: {'; '.join(wrong)}")
-    return dict(fixed, net=net, cond=there["cond"])
-
-
-def start_from(net, config, info):
-    """Load the weights of --init-from -> a line that says so. If the classes differ, their embedding starts anew, null
-    class included; all else must fit."""
-    there, weights = sample.read(config.init_from)
-    if there["cond"] == config.cond == "text" and not data.same_encoder(there["text"]["encoder"], config.encoder):
-        fail(f"{config.init_from} reads captions by the encoder {there['text']['encoder']}, and not by "
-             f"{config.encoder}: name it with --encoder")
-    own, key, classes = net.state_dict(), "class_embed.weight", info["classes"]
-    numbers = [str(i) for i in range(len(classes))]     # published files have no names
-    kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
-    if not kept:
-        weights.pop(key, None)
-        if key in own:
-            weights[key] = own[key]
-    try:
-        sample.load_weights(net, weights)
-    except (ValueError, AttributeError) as e:
-        fail(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
-             f"{info['size']}x{info['size']} pictures: {e}")
-    anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
-    return f"starting from {config.init_from}{anew}"
 
 
 # ---- pieces of a run -----------------------------------------------------------------------------------
@@ -437,6 +426,130 @@ def measure(config, info, tokens=data.MAX_TOKENS):
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
+def start_from(net, config, info):
+    """Load the weights of --init-from -> a line that says so. If the classes differ, their embedding starts anew, null
+    class included; all else must fit."""
+    there, weights = sample.read(config.init_from)
+    if there["cond"] == config.cond == "text" and not data.same_encoder(there["text"]["encoder"], config.encoder):
+        fail(f"{config.init_from} reads captions by the encoder {there['text']['encoder']}, and not by "
+             f"{config.encoder}: name it with --encoder")
+    own, key, classes = net.state_dict(), "class_embed.weight", info["classes"]
+    numbers = [str(i) for i in range(len(classes))]     # published files have no names
+    kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
+    if not kept:
+        weights.pop(key, None)
+        if key in own:
+            weights[key] = own[key]
+    try:
+        sample.load_weights(net, weights)
+    except (ValueError, AttributeError) as e:
+        fail(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
+             f"{info['size']}x{info['size']} pictures: {e}")
+    anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
+    return f"starting from {config.init_from}{anew}"
+
+
+def choose_encoder(config, source, fresh):
+    """Choose the encoder whose features are read: --encoder, or else the one that the run began with, even if there are
+    others by now. Its width becomes the network's text_dim."""
+    old = {} if fresh else recorded(config.out)
+    own = str(old.get("encoder", "")) if old.get("data") == config.data else ""
+    config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
+    preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
+    if config.net["text_dim"] not in (width, preset):
+        fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
+             "wide: leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from
+                                     else ""))
+    config.net["text_dim"] = width
+
+
+def prepare(config, source):
+    """On first use, make a built-in set (which may be a long download), and features of its captions by words."""
+    if source in data.BUILT_IN:
+        data.prepare(source, config.data_dir)
+    words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
+    if config.encoder == "words" and not words.exists():            # find_encoder refuses any other that is absent
+        data.encode_set(data.open_set(source, config.data_dir), data.Words())
+
+
+def claim(out):
+    """Make the run's folder if it is not there -> an open file. As long as it is open, and this process lives, no other
+    process can claim the folder: two trainings would overwrite each other's checkpoints."""
+    try:
+        Path(out, "samples").mkdir(parents=True, exist_ok=True)
+        f = open(Path(out, ".lock"), "a")
+    except OSError as e:
+        fail(f"cannot write to --out {out}: {e}")
+    if not data.lock(f):
+        fail(f"another training is writing to {out}: stop it, or choose another --out")
+    return f
+
+
+def move_aside(out):
+    """--fresh: rename the folder of an existing run, to keep its files; fail if it is running. A folder that holds no
+    run itself, such as a folder of runs, stays where it is."""
+    if not any(Path(out, file).exists() for file in ("config.json", "ckpt.pt")):
+        return
+    claim(out).close()
+    aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
+    out.rename(aside)
+    print(f"the old run is now {aside}")
+
+
+def facts(record):
+    """What must be equal in two records of a run (but for FREE), in one flat dict: fields, the network's arguments, and
+    what is known of the set (its flip in place of the field's, which may be None)."""
+    arguments = {f"net {name}": value for name, value in record["net"].items()}
+    fields = {name: value for name, value in record.items() if name not in ("net", "info")}
+    return {**fields, **arguments, "captioned": None, **record["info"]}     # captioned: there if not all pictures are
+
+
+def resume(record, net, ema, opt):
+    """Load the checkpoint in the run's folder -> (steps done, seconds taken, steps skipped), zeros for a new run. A
+    folder that holds another run than that of `record` is refused, and the message shows the difference."""
+    out, new = Path(record["out"]), (0, 0.0, 0)
+    ckpt = data.read_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
+    if not ckpt and not (out / "config.json").exists():
+        return new
+    try:
+        old = ckpt["config"] if ckpt else json.loads((out / "config.json").read_bytes())    # stopped before it saved
+        old = facts(dict(dataclasses.asdict(Config()), **old))
+    except (ValueError, TypeError, LookupError, AttributeError):
+        fail(f"the config of {out} is not that of a run: choose another --out")
+    asked = facts(json.loads(json.dumps(record)))                   # in JSON, tuples are lists
+    if data.same_encoder(str(old.get("encoder")), asked["encoder"]):    # which may have moved since
+        old["encoder"] = asked["encoder"]
+    names = {**asked, **{k: v for k, v in old.items() if k.startswith("net ")}}     # either may lack some arguments
+    changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(asked.get(k))} asked" for k in names
+               if k not in FREE and old.get(k) != asked.get(k)]
+    if changed:
+        fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
+    if not ckpt:
+        return new
+    try:
+        net.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        opt.load_state_dict(ckpt["opt"])
+        if any(moment.shape != p.shape for p, state in opt.state.items()            # fused AdamW would not notice
+               for moment in (state["exp_avg"], state["exp_avg_sq"])):
+            raise ValueError("moments of other shapes than the weights")
+        return int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
+    except torch.OutOfMemoryError:                                  # the checkpoint is good
+        raise
+    except Exception as e:                                          # torch raises half a dozen kinds
+        fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
+             "choose another --out, or --fresh to start over")
+
+
+def keep_log(path, step):
+    """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
+    if path.exists():
+        head, *rows = path.read_text(errors="replace").splitlines() or [""]
+        kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
+        lines = [head, *kept] if kept else []           # an empty file gets its head with the first row
+        data.write_file(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+
+
 def checkpoint_blocks(net):
     """Gradient checkpointing: blocks keep only their input and compute the rest again in the backward pass. This takes
     a fraction of the memory and up to a third more time. (The middle, a single block, stays as it is.)"""
@@ -469,110 +582,6 @@ def learning_rate(config, step):
     It depends on the run's length: if a larger --steps continues it, the rate goes back up to the longer run's."""
     left = 1 - step / config.steps                                  # of the run, in (0, 1]
     return config.lr * min(1, (step + 1) / max(1, config.warmup), left / config.cooldown if config.cooldown else 1)
-
-
-def claim(out):
-    """Make the run's folder if it is not there -> an open file. As long as it is open, and this process lives, no other
-    process can claim the folder: two trainings would overwrite each other's checkpoints."""
-    try:
-        Path(out, "samples").mkdir(parents=True, exist_ok=True)
-        f = open(Path(out, ".lock"), "a")
-    except OSError as e:
-        fail(f"cannot write to --out {out}: {e}")
-    if not data.lock(f):
-        fail(f"another training is writing to {out}: stop it, or choose another --out")
-    return f
-
-
-def move_aside(out):
-    """--fresh: rename the folder of an existing run, to keep its files; fail if it is running. A folder that holds no
-    run itself, such as a folder of runs, stays where it is."""
-    if not any(Path(out, file).exists() for file in ("config.json", "ckpt.pt")):
-        return
-    claim(out).close()
-    aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
-    out.rename(aside)
-    print(f"the old run is now {aside}")
-
-
-def facts(record):
-    """What must be equal in two records of a run (but for FREE), in one flat dict: fields, the network's arguments, and
-    what is known of the set."""
-    arguments = {f"net {name}": value for name, value in record["net"].items()}
-    fields = {name: value for name, value in record.items() if name not in ("net", "info")}
-    return {**fields, **arguments, "captioned": None, **record["info"]}     # None: all pictures have captions
-
-
-def resume(config, info, net, ema, opt):
-    """Load the checkpoint in the run's folder -> (steps done, seconds taken, steps skipped), zeros for a new run. A
-    folder that holds another run is refused, and the message shows the difference."""
-    out, new = Path(config.out), (0, 0.0, 0)
-    ckpt = data.read_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
-    if not ckpt and not (out / "config.json").exists():
-        return new
-    try:
-        old = ckpt["config"] if ckpt else json.loads((out / "config.json").read_bytes())    # stopped before it saved
-        old = facts(dict(dataclasses.asdict(Config()), **old))
-    except (ValueError, TypeError, LookupError, AttributeError):
-        fail(f"the config of {out} is not that of a run: choose another --out")
-    asked = facts(json.loads(json.dumps(dict(dataclasses.asdict(config), info=info))))  # in JSON, tuples are lists
-    if data.same_encoder(str(old.get("encoder")), config.encoder):  # which may have moved since
-        old["encoder"] = config.encoder
-    names = {**asked, **{k: v for k, v in old.items() if k.startswith("net ")}}     # either may lack some arguments
-    changed = [f"{k}: {reprlib.repr(old.get(k))} there, {reprlib.repr(asked.get(k))} asked" for k in names
-               if k not in FREE and old.get(k) != asked.get(k)]
-    if changed:
-        fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
-    if not ckpt:
-        return new
-    try:
-        net.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        opt.load_state_dict(ckpt["opt"])
-        if any(moment.shape != p.shape for p, state in opt.state.items()            # fused AdamW would not notice
-               for moment in (state["exp_avg"], state["exp_avg_sq"])):
-            raise ValueError("moments of other shapes than the weights")
-        return int(ckpt["step"]), float(ckpt["seconds"]), int(ckpt["skipped"])
-    except torch.OutOfMemoryError:                                  # the checkpoint is good
-        raise
-    except Exception as e:                                          # torch raises half a dozen kinds
-        fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
-             "choose another --out, or --fresh to start over")
-
-
-def keep_log(path, step):
-    """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
-    if path.exists():
-        head, *rows = path.read_text(errors="replace").splitlines() or [""]
-        kept = [row for row in rows if row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
-        lines = [head, *kept] if kept else []           # an empty file gets its head with the first row
-        data.write_file(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
-
-
-def choose_encoder(config, source, fresh):
-    """Choose the encoder whose features are read: --encoder, or else the one that the run began with, even if there are
-    others by now. Its width becomes the network's text_dim."""
-    try:
-        old = json.loads(Path(config.out, "config.json").read_bytes())
-        own = str(old["encoder"]) if old["data"] == config.data and not fresh else ""
-    except (OSError, ValueError, LookupError, TypeError):           # no run yet, or something else
-        own = ""
-    config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
-    preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
-    if config.net["text_dim"] not in (width, preset):
-        fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
-             "wide: leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from
-                                     else ""))
-    config.net["text_dim"] = width
-
-
-def prepare(config, source):
-    """On first use, make a built-in set (which may be a long download), and features of its captions by words."""
-    if source in data.BUILT_IN:
-        data.prepare(source, config.data_dir)
-    words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
-    if config.encoder == "words" and not words.exists():            # find_encoder refuses any other that is absent
-        data.encode_set(data.open_set(source, config.data_dir), data.Words())
 
 
 def grid_text(pictures, features, n):
@@ -635,9 +644,11 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 def listen_for_stops(worker=None):
     """Catch Ctrl-C, SIGTERM and a closed terminal -> a list, to which the first signal is appended for the loop to see;
-    a later one kills. (Not a tensor, because torch.compile may be tracing just then.)
+    a later one kills. (Not a tensor: while torch.compile traces, a new one would be a fake.) A grid that is being drawn
+    is finished first, which may take longer than a scheduler waits; but the checkpoint was saved before it.
 
-    Loader workers survive the first signal, too: the step that training still finishes may need their batch."""
+    Loader workers survive the first signal, too: the step that training still finishes may need their batch. (`worker`
+    is what DataLoader passes them.)"""
     stops = []                                          # when they came
 
     def remember(sig, _):
@@ -666,8 +677,6 @@ def main():
     config, fresh, dry_run = parse(sys.argv[1:])
     source = data.captioned_name(config.data) if config.cond == "text" else config.data
     info = data.describe(source, config.data_dir)
-    if config.flip is not None:
-        info["flip"] = config.flip
     if config.cond == "text" and not dry_run:
         choose_encoder(config, source, fresh)
     n_params, flops = measure(config, info)
@@ -686,6 +695,8 @@ def main():
              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     device = sample.pick_device(config.device)
     store = join(config, device) if world > 1 else None
+    if fresh and main_rank:             # at once: if a rank dies from here on, its replacement goes on with the new run
+        move_aside(Path(config.out))
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
     torch.backends.cudnn.benchmark = True                           # convolutions see few shapes
@@ -702,8 +713,6 @@ def main():
     # data, and the run's folder: rank 0 makes what is missing, and the others wait
     if main_rank:
         prepare(config, source)
-        if fresh:                                                   # early: torchrun's restarts go on with this run
-            move_aside(out)
         lock = claim(out)                                           # held to the end of this function
         if store:
             store.set("ready", "yes")
@@ -711,6 +720,7 @@ def main():
         store.wait(["ready"], datetime.timedelta(hours=12))
     pictures, features, text = data.open_set(source, config.data_dir), None, None
     info["fingerprint"] = pictures.fingerprint                      # a set made anew is not the one a run began with
+    info["flip"] = info["flip"] if config.flip is None else config.flip
     if config.cond == "text":
         features = data.Features(data.text_folder(pictures.folder, config.encoder))
         text = grid_text(pictures, features, config.samples)
@@ -724,7 +734,7 @@ def main():
     params, averaged = list(net.parameters()), list(ema.parameters())
     opt = torch.optim.AdamW(params, lr=config.lr, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay, fused=True)
-    start, seconds, skipped = resume(config, info, net, ema, opt)   # skipped: steps whose gradient was not finite
+    start, seconds, skipped = resume(record, net, ema, opt)         # skipped: steps whose gradient was not finite
     if world > 1:
         found = [None] * world
         dist.all_gather_object(found, (start, pictures.fingerprint))
@@ -776,8 +786,25 @@ def main():
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
     skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: skipped in a row
     logged = saved = start                                          # steps of the last row and the last checkpoint
-    began, since = time.time() - seconds, time.time()               # since: last logged, plus time not spent training
-    bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", mininterval=1, dynamic_ncols=True)
+    began, since = time.time() - seconds, time.time()       # since: when the last row was logged, later by all pauses
+    bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", dynamic_ncols=True,
+               mininterval=1 if sys.stderr.isatty() else 60)        # a log file would grow by a line a second
+
+    def next_batch(step):
+        """x0, t, eps, cond: this process's rows of the batch that follows on `step` steps. Times, noise and dropped
+        conditions follow from (seed, step), the pictures from the seed and their numbers in the run, so that a resumed
+        run does the same."""
+        g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
+        t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
+        eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
+        eps = eps.contiguous()                                      # a copy, which frees the noise of other processes
+        dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
+        x0, *cond = (part.to(device, non_blocking=True) for part in next(batches))
+        x0 = x0.float().div_(127.5).sub_(1)                         # (b, 3, S, S) in [-1, 1]
+        cond = data.drop(cond, null, dropped) if config.cond != "none" else []      # drop: for guidance
+        if config.cond == "text":
+            cond[0] = cond[0].float()                               # (b, L, d); cond[1]: mask (b, L)
+        return x0, t, eps, cond                                     # b rows each
 
     def log(step):
         """Write a row of log.csv, about the steps since the last one."""
@@ -812,13 +839,12 @@ def main():
         print(f"rank {rank} failed at step {step}; the same command goes on from step {saved}", file=sys.stderr)
 
     sys.excepthook = explain
-    end = max(start, config.steps)                                  # for a finished run: now
-    for step in range(start, end + 1):                              # step: how many are done; the last pass adds none
+    for step in range(start, max(start, config.steps) + 1):         # step: how many are done; the last pass adds none
         # what is due after this many steps: log, save, then draw, which may take minutes
         leaving = torch.tensor([float(len(stops) > 0)])             # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
-        last = step == end
+        last = step >= config.steps
         if step > start and (step % config.log_every == 0 or leaving or last):
             log(step)
             since, logged = time.time(), step
@@ -839,31 +865,19 @@ def main():
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
             data.copy_file(out / "ckpt.pt", kept_file)          # not a hard link: a cp onto ckpt.pt would change it
         sheet = out / f"samples/step_{step:07d}.png"                # `start` may have none, if its drawing was killed
-        if step > 0 and (step % config.sample_every == 0 or last) and not (step == start and sheet.exists()):
+        drawn = step == start and sheet.exists()
+        if step > 0 and (step % config.sample_every == 0 or last) and not (drawn or leaving):
             with precision:
                 draw_grid(ema, dict(record, text=text), sheet, micro, device)
         since += time.time() - pause
         if leaving or last:
             break
 
-        # the next step. A resumed run does the same: times, noise and dropped conditions follow from (seed, step), the
-        # batch from the seed and the numbers of its samples, dropout from (seed, step, micro-batch, rank)
-        g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
-        t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
-        eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
-        eps = eps.contiguous()                                      # without the noise of other processes
-        dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
-        x0, *cond = (part.to(device, non_blocking=True) for part in next(batches))
-        x0 = x0.float().div_(127.5).sub_(1)                                              # (b, 3, S, S) in [-1, 1]
-        if config.cond == "none":
-            cond = []
-        elif config.cond == "text":
-            cond[0] = cond[0].float()                                                    # (b, L, d); cond[1]: mask
-        cond = data.drop(cond, null, dropped)                                            # for guidance
-
+        # the next step
+        x0, t, eps, cond = next_batch(step)
         opt.param_groups[0]["lr"] = learning_rate(config, step)
         for m in range(config.accum):
-            torch.manual_seed(data.seed32(config.seed, step, m, rank))                  # only for nn.Dropout
+            torch.manual_seed(data.seed32(config.seed, step, m, rank))                  # for nn.Dropout
             part = slice(m * micro, (m + 1) * micro)
             if world > 1:
                 model.require_backward_grad_sync = m == config.accum - 1                # one exchange per step
@@ -875,7 +889,7 @@ def main():
             sums.index_add_(1, bins, torch.stack([losses.detach(), torch.ones_like(losses)]))
         norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
         bad = (~norm.isfinite()).float()
-        opt.grad_scale, opt.found_inf = None, bad       # as GradScaler does: fused AdamW skips the step if bad is 1
+        opt.found_inf = bad                             # as GradScaler does: fused AdamW skips the step if bad is 1
         opt.step()
         skipped, in_row = skipped + bad, bad * (in_row + 1)
         opt.zero_grad(set_to_none=True)

@@ -7,6 +7,7 @@ import os
 import pickle
 import shlex
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -402,6 +403,12 @@ def test_without_two_subfolders_that_hold_everything_there_are_no_classes(paths,
     assert len(pictures) == 2 and pictures.classes == [] and pictures.labels is pictures.captions is None
 
 
+def test_what_is_printed_into_a_file_is_there_at_once():
+    code = "import data, os; data.run(lambda: (print('begun'), os._exit(0)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True)
+    assert done.stdout.strip() == b"begun"
+
+
 def test_one_picture_outside_the_subfolders_takes_the_classes_away_but_not_silently(album, tmp_path, capsys):
     assert prepared(album("cats/1.png", "dogs/1.png", "preview.png"), tmp_path).classes == []
     assert "warning: no classes, since some pictures of" in capsys.readouterr().err
@@ -490,7 +497,8 @@ def test_prepare_writes_what_it_announces_and_nothing_else(terminal):
 def test_prepare_does_nothing_to_a_set_that_is_there(terminal):
     terminal("prepare", "shapes", "--limit", 30)
     written = os.stat("datasets/shapes/images.npy").st_mtime_ns
-    assert terminal("prepare", "shapes") == (0, "datasets/shapes is already prepared, with 30 pictures: nothing to do\n", "")
+    says = "datasets/shapes is already prepared, with 30 pictures: nothing to do\n"
+    assert terminal("prepare", "shapes") == (0, says, "")
     code, _, complaint = terminal("prepare", "shapes", "--limit", 31)
     assert code == 2 and "is already there, with limit 30; to prepare it anew: rm -r datasets/shapes" in complaint
     assert os.stat("datasets/shapes/images.npy").st_mtime_ns == written

@@ -287,7 +287,7 @@ def test_a_checkpoint_of_another_model_is_one_message(drawn, altered, config):
 
 def test_a_device_that_is_not_here_is_one_message(drawn, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(OSError, match="no cuda on this machine.*there is cpu"):
+    with pytest.raises(data.LocalError, match="no cuda on this machine.*there is cpu"):
         drawn("--device", "cuda")
 
 

@@ -246,6 +246,19 @@ def test_a_run_told_to_stop_while_a_compiler_traces_it_stops(trained, monkeypatc
     assert trained("--steps", 3)["step"] == 1
 
 
+def test_a_run_told_to_stop_leaves_its_grid_to_be_drawn_by_the_next(trained, monkeypatch):
+    def told_to_stop(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return draw_times(*args)
+
+    draw_times, sheet = diffusion.draw_times, Path("run/samples/step_0000002.png")
+    with monkeypatch.context() as m:
+        m.setattr(diffusion, "draw_times", Calls(draw_times, at=2, instead=told_to_stop))
+        assert trained("--steps", 3, "--sample-every", 2)["step"] == 2 and not sheet.exists()
+    trained("--steps", 3, "--sample-every", 2)
+    assert sheet.exists()
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_run_of_which_all_processes_are_told_to_stop_saves_and_leaves_with_exit_code_0(datasets, tmp_path, name):
     """Ctrl-C in a terminal, and torchrun's SIGTERM, reach the processes that read ahead as well."""
@@ -308,6 +321,19 @@ def test_fresh_moves_the_old_run_aside_whole(trained):
         trained("--seed", i + 1, "--fresh")
         assert {name: contents(name) for name in old} == old
         assert column("step") == [1, 2]
+
+
+def test_fresh_is_kept_by_the_replacement_of_a_process_that_died_early(trained, monkeypatch):
+    def failing(*args):
+        raise MemoryError
+
+    trained("--steps", 1)
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(train.sample, "autocast", failing)
+        trained("--steps", 2, "--fresh")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")               # torchrun gives it the same command
+    trained("--steps", 2, "--fresh")
+    assert column("step", "run")[0] == 1 and data.read_checkpoint("run-old1/ckpt.pt")["step"] == 1
 
 
 def test_fresh_moves_nothing_that_is_no_run(trained):
@@ -530,11 +556,11 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monke
 
 def test_processes_that_cannot_find_each_other_are_one_message(trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(data.UserError, match="a WORLD_SIZE of 2 without MASTER_ADDR.*torchrun sets them"):
+    with pytest.raises(data.UserError, match="a WORLD_SIZE of 2 without a MASTER_ADDR.*torchrun sets them"):
         trained()
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "99999")
-    with pytest.raises(data.UserError, match="MASTER_PORT '99999' that is none"):
+    with pytest.raises(data.UserError, match="valid MASTER_PORT .it is '99999'"):
         trained()
 
 
@@ -758,12 +784,12 @@ def test_a_network_that_cannot_be_built_or_run_is_one_message(trained, model, ne
 
 def test_a_device_that_is_not_here_is_one_message(trained, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(OSError, match="no cuda on this machine.*there is cpu"):
+    with pytest.raises(data.LocalError, match="no cuda on this machine.*there is cpu"):
         trained("--device", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "5")
-    with pytest.raises(OSError, match="process 5 of this machine has no GPU of its own: there are 4"):
+    with pytest.raises(data.LocalError, match="process 5 of this machine has no GPU of its own: there are 4"):
         trained("--device", "cuda")
 
 
