@@ -504,6 +504,13 @@ def file_of(out, i):
     return out / f"{i:06d}.png"
 
 
+def write_picture(path, picture):                                       # uint8 (3, S, S)
+    """Not by data.write_file, which waits for the disk every time: too slow for 50,000 pictures."""
+    unfinished = path.with_suffix(".part")
+    Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
+    unfinished.replace(path)                                            # complete, or not there
+
+
 def what_decides(path, args, prompts):
     """All that determines the pictures in a folder, as JSON: the same command may go on with them later."""
     parts = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
@@ -643,11 +650,8 @@ def main():
             if not folder:
                 drawn[scale, ids] = pictures
                 continue
-            for i, picture in zip(ids, pictures):                       # kept there, and not in memory
-                unfinished = file_of(out, i).with_suffix(".part")
-                # not by data.write_file, which waits for the disk every time: too slow for 50,000 pictures
-                Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
-                unfinished.replace(file_of(out, i))                     # complete, or not there
+            for _ in data.in_threads(lambda i: write_picture(file_of(out, i), pictures[i - ids.start]), ids):
+                pass                                                    # they are kept there, and not in memory
     drawn = gather(drawn, rank, world)
     if world > 1:
         dist.destroy_process_group()

@@ -109,9 +109,8 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
 
 # Minutes on a laptop:
 #   cosine                  on the linear schedule eps hardly learns outlines in this time
-#   v                       or eps, which cares less for high noise and more for outlines. Which is better varies. With
-#                           eps / v so many percent are right: ASCEND's shapes 95 / 93, the U-Net's 99 / 100 (its
-#                           single objects in text runs 99 / 85), IU-ViT's 37 / 89
+#   v                       or eps, which cares less for high noise and more for outlines: which is better varies with
+#                           network and condition (README, "What is predicted, and the schedule")
 #   shift 1.6, spread 0.4   times gather around t = 0.6, where outlines are decided
 #   batch 16                a picture teaches 1.5 times as much as in batches of 32 (8 is as good, but slower on CPUs)
 #   cooldown 0.4            the rate falls to zero over the last 40%
@@ -132,10 +131,9 @@ LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 SMALL64 = dict(LAPTOP, data="emoji64", cond="text", cfg=2.0, time_shift=2.0, time_spread=0.8, steps=8000, lr=1e-3,
                samples=32, sample_every=1000, sampler="dpm", sample_steps=20)
 
-# Narrow networks, because in minutes the number of steps matters more than width: the shape asked for is learnt
-# suddenly, by the U-Net in steps 2,000 to 2,500. Width 16, because CPUs multiply 16 numbers at a time. Most of the
-# width is where maps are small, since a channel costs the most time at full size. With the width doubled at 16 pixels
-# already, the network learnt shapes later (PYRAMID64 doubles it at half size, 32). U-ViT and IU-ViT use patches of 4.
+# Narrow networks, because in minutes the number of steps matters more than width. Width 16, because CPUs multiply 16
+# numbers at a time. Most of the width is where maps are small, since a channel costs the most time at full size: with
+# the width doubled at 16 pixels already, shapes were learnt later (PYRAMID64 doubles it at half size, 32).
 PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
 PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8], text_dim=256)
 VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
