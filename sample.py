@@ -87,8 +87,8 @@ def autocast(device, dtype):
         return contextlib.nullcontext()
     if device.type == "cpu":
         # despite their names these also choose the CPU's attention: two matrix products and a softmax, all in bfloat16,
-        # take half the time of its flash kernel, or of the same in float32, forwards and backwards. (Training without a
-        # mask does not use these kernels, and is faster still: see attend in the backbones.)
+        # take half the time of its flash kernel, or of the same in float32, forwards and backwards. (This is for texts,
+        # which have a mask. Attention without one does not use these kernels: see attend in the backbones.)
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return torch.autocast(device.type, torch.bfloat16)

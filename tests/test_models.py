@@ -386,14 +386,14 @@ def test_attention_is_a_softmax_written_out():
 
 @pytest.mark.parametrize("dtype, biased, tolerance", [(torch.float32, True, 1e-6), (torch.bfloat16, False, 0.02),
                                                       (torch.bfloat16, True, 0.02)])
-def test_attention_in_training_on_cpus_is_that_of_sampling_with_pytorchs_gradient(dtype, biased, tolerance):
+def test_attention_on_cpus_is_pytorchs_with_its_gradient_in_training_and_in_sampling(dtype, biased, tolerance):
     inputs = [torch.randn(2, 3, 10, 16, requires_grad=True) for _ in range(3)]
     inputs += [torch.randn(3, 10, 10, requires_grad=True)] if biased else []
     function = attend_biased if biased else attend
-    ours = function(*(x.to(dtype) for x in inputs))                                         # written out
+    ours, theirs = function(*(x.to(dtype) for x in inputs)), F.scaled_dot_product_attention(*inputs)
     with torch.no_grad():
-        assert (ours - function(*(x.to(dtype) for x in inputs))).abs().max() < tolerance    # fused
-    theirs = F.scaled_dot_product_attention(*inputs)
+        for out in (ours, function(*(x.to(dtype) for x in inputs))):                        # in training, in sampling
+            assert (out - theirs).abs().max() < tolerance
     wanted = torch.randn_like(theirs)
     for a, b in zip(torch.autograd.grad(ours, inputs, wanted.to(dtype)), torch.autograd.grad(theirs, inputs, wanted)):
         assert (a - b).norm() < tolerance * b.norm()
