@@ -313,6 +313,13 @@ def test_what_would_be_another_run_is_refused(trained, flags, says):
         trained("--steps", 2, *flags)
 
 
+def test_a_set_that_was_prepared_anew_does_not_continue_a_run(trained, monkeypatch):
+    trained("--steps", 1)
+    monkeypatch.setattr(data, "digest", lambda lines: 64 * "0")
+    with pytest.raises(data.UserError, match="holds another run .pictures, by their fingerprint: '.*' there, '0+' asked"):
+        trained("--steps", 2)
+
+
 def test_fresh_moves_the_old_run_aside_whole(trained):
     old = {}
     for i in (1, 2):
