@@ -352,7 +352,7 @@ class ASCEND(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # blocks per level (the decoder has one more)
-                 attn_sizes=(16, 8),        # map sizes with global attention after each block; the middle always has it
+                 attn_sizes=(16, 8),        # map sizes with global attention, besides the middle; absent ones ignored
                  head_dim=64,               # channels per attention head
                  window=8,                  # side of a window; smaller maps are one window
                  encoder="swin",            # blocks of the encoder: 'swin', or 'conv' for a U-Net's ResBlocks

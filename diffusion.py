@@ -121,7 +121,7 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
 def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
     """Mean squared error of each image, (B,): the simple, unweighted loss of Eq. 4.
 
-    x0, eps (B, C, H, W), t (B,), cond: tensors of B rows. prediction 'v' is Salimans & Ho's target
+    x0, eps (B, C, H, W), t (B,), cond: a tuple of tensors of B rows. prediction 'v' is Salimans & Ho's target
     (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma): unlike eps it also asks for
     x_0 where x_t is all noise, so the network learns layout much sooner."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"

@@ -505,10 +505,14 @@ def file_of(out, i):
 
 
 def write_picture(path, picture):                                       # uint8 (3, S, S)
-    """Not by data.write_file, which waits for the disk every time: too slow for 50,000 pictures."""
+    """Write a PNG that is complete, or not there. Not by data.write_file, which waits for the disk every time: too slow
+    for 50,000 pictures."""
     unfinished = path.with_suffix(".part")
-    Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
-    unfinished.replace(path)                                            # complete, or not there
+    try:
+        Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
+        unfinished.replace(path)
+    except OSError as e:                                                # a full disk's says not where
+        raise OSError(f"cannot write {path}: {e}")
 
 
 def what_decides(path, args, prompts):

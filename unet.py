@@ -214,7 +214,7 @@ class UNet(nn.Module):
                  dim=128,                   # base width
                  dim_mults=(1, 2, 2, 2),    # width of each level, in units of dim; each after the first halves the map
                  num_blocks=2,              # ResBlocks per level (the decoder has one more)
-                 attn_sizes=(16,),          # map sizes with attention after each ResBlock; the middle always has it
+                 attn_sizes=(16,),          # map sizes that get attention, besides the middle; absent ones are ignored
                  head_dim=64,               # channels per attention head
                  resample="resblock",       # 'resblock' (ADM, BigGAN) or 'conv' (DDPM)
                  dropout=0.1,

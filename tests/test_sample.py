@@ -96,6 +96,15 @@ def test_the_same_command_goes_on_with_a_folder_and_draws_only_what_is_missing(d
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
+def test_a_picture_that_cannot_be_written_is_named(drawn, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="cannot write pictures/00000[01].png: .*No space left on device"):
+        drawn("--n", 2, "--out", "pictures")
+
+
 def test_two_commands_at_once_in_one_folder_are_one_too_many(drawn):
     whole, _ = drawn("--out", "pictures")
     code = "import data; f = open('pictures/.asked.json', 'a'); data.lock(f); print(flush=True); input()"
