@@ -1745,9 +1745,10 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
     shard, and the last to finish marks the whole as complete. False if all was done before."""
     folder, n = Path(text_folder(pictures.folder, encoder.name)), min(limit or len(pictures), len(pictures))
 
-    def complete(name, n):                              # the meta of this part, or of the whole for ""
+    def complete(name, count):
+        """The meta.json of a part, or of the whole for "", with so many pictures; None if that is not done yet."""
         meta = read_meta(folder / name, FEATURES)
-        if meta and (meta["n"], meta["encoder"]) != (n, encoder.name):
+        if meta and (meta["n"], meta["encoder"]) != (count, encoder.name):
             raise UserError(f"{folder / name} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to "
                             f"encode anew: {removal(folder / name)}")
         return meta
@@ -1756,8 +1757,8 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
         return False
     parts = pictures.parts(n)
     todo = [name for i, name in enumerate(parts) if not complete(name, len(parts[name])) and i % world == rank]
-    left, started, estimated = sum(len(parts[name]) for name in todo), time.time(), rank > 0
-    with tqdm(total=left, unit="picture", desc=f"captions by {encoder.name}", disable=rank > 0 or None) as bar:
+    total, started, forecast = sum(len(parts[name]) for name in todo), time.time(), rank == 0
+    with tqdm(total=total, unit="picture", desc=f"captions by {encoder.name}", disable=rank > 0 or None) as bar:
         for name in todo:
             with alone(folder / name):
                 if complete(name, len(parts[name])):    # by another process, meanwhile
@@ -1766,8 +1767,8 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
                 for done, size in encode_part(folder / name, pictures.captions, parts[name], encoder):
                     bar.update(done - before)
                     before = done
-                    if not estimated:                   # before the hours begin
-                        estimated, left = True, left - done
+                    if forecast:                        # once, after the first chunk: before the hours begin
+                        forecast, left = False, total - done
                         need = size * left // done * world
                         hours = (time.time() - started) * left / min(done, CHUNK) / 3600
                         if need > 1e9 or hours > 0.1:
@@ -1775,10 +1776,10 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
                         check_room(folder, need, "--limit, or a narrower encoder")
     metas = {name: complete(name, len(parts[name])) for name in parts}
     if "" not in parts and all(metas.values()):
-        total = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
+        sums = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
         longest = max(meta["longest"] for meta in metas.values())
         shards = {name: meta["n"] for name, meta in metas.items()}
-        whole = dict(encoder=encoder.name, width=encoder.width, **total, longest=longest, shards=shards)
+        whole = dict(encoder=encoder.name, width=encoder.width, **sums, longest=longest, shards=shards)
         with alone(folder):                             # two may finish at once
             write_file(folder / "meta.json", lambda f: f.write(json.dumps(whole, indent=1).encode()))
     return True

@@ -169,6 +169,13 @@ def draw(net, config, wanted, ids, device):
     return data.to_uint8(x).cpu().numpy()
 
 
+def clip_for(scale, config):
+    """How to keep pictures in range at this guidance, unless --clip says: in the run's own way, except that strong
+    guidance by text, if it is not the run's own, gets Imagen's dynamic threshold, because it saturates."""
+    stronger = config["cond"] == "text" and scale > 2 and scale != config["cfg"]
+    return "dynamic" if stronger and config["clip"] == "static" else config["clip"]
+
+
 # ---- what is asked for ----------------------------------------------------------------------------------------
 
 def newest_run():
@@ -643,9 +650,8 @@ def main():
             if folder and all(file_of(out, i).exists() for i in ids):
                 continue                                                # drawn before the command was stopped
             part = slice(ids.start, ids.stop)
-            stronger = config["cond"] == "text" and scale > 2 and scale != config["cfg"]
-            clip = args.clip or ("dynamic" if stronger and config["clip"] == "static" else config["clip"])
-            how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale, clip=clip)
+            how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale,
+                       clip=args.clip or clip_for(scale, config))
             looking = attention_maps(net, marked[which[part]].to(device), size) if args.attend else None
             with looking or contextlib.nullcontext() as maps:
                 pictures = draw(model, how, wanted[part], ids, device)
