@@ -102,7 +102,7 @@ def write_file(path, write):
     """Write a binary file with write(f). It appears at path complete or not at all."""
     part = f"{path}.part"
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f"cannot write {path}: it is not a regular file")       # /dev/null, say, must not be replaced
+        raise OSError(f"cannot write {path}: it is not a regular file")     # /dev/null, say, must not be replaced
     try:
         with open(part, "wb") as f:
             write(f)
@@ -114,7 +114,7 @@ def write_file(path, write):
             os.unlink(part)
         if isinstance(e, RuntimeError):                 # torch.save's: the cause is in its context
             e = e.__context__ or e
-        if isinstance(e, (OSError, RuntimeError)) and not getattr(e, "filename", None):     # else it names its file
+        if isinstance(e, (OSError, RuntimeError)) and getattr(e, "filename", None) in (None, part):     # no other file
             raise OSError(f"cannot write {path}: {e}")
         raise
 
@@ -915,12 +915,12 @@ def open_files(src):
 
 
 # ---- how a picture becomes a square --------------------------------------------------------------
-warnings.filterwarnings("ignore", module="PIL")         # about pictures that it reads anyway
-
 # A crop is "square", the largest in the middle; "adm", the same as ADM cuts it; "N", the middle N pixels; or a box,
 # "LEFT,TOP,RIGHT,BOTTOM". If each picture of a set has its own box, "bbox" means that one.
 
 CROP = r"square|adm|bbox|[1-9]\d*|\d+,\d+,\d+,\d+"
+
+warnings.filterwarnings("ignore", module="PIL")         # about pictures that it reads anyway
 
 
 def to_rgb(image):

@@ -816,6 +816,13 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_as_it_was(tmp_path):
     assert files_in(tmp_path) == ["ckpt.pt"] and (tmp_path / "ckpt.pt").read_bytes() == b"the old one"
 
 
+def test_an_error_names_the_file_it_is_about(tmp_path):
+    with pytest.raises(OSError, match=r"cannot write .*/absent/new: .*No such file"):
+        data.write_file(tmp_path / "absent/new", lambda f: f.write(b"x"))
+    with pytest.raises(OSError, match=r"^\[Errno 2\] No such file or directory: '.*/source'"):
+        data.write_file(tmp_path / "new", lambda f: f.write((tmp_path / "source").read_bytes()))
+
+
 def test_what_is_no_ordinary_file_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")                                                # /dev/null is one, too
     with pytest.raises(OSError, match="not a regular file"):
