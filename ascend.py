@@ -10,8 +10,8 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
 Time (and class, and the mean of a text) enters as scale and shift of both norms of every Swin layer, and of the second
 norm of every ResBlock. Text is also read token by token, by cross-attention after each Attn (assumed).
 Compared with unet.py, Swin blocks replace the encoder's ResBlocks, convolutions change the resolution, and by default
-there is global attention at 8 pixels too. Four arguments span the paper's ablation, and more: encoder (conv: ours),
-decoder, resample, and skips (it is not known which connections the paper cut; all is assumed).
+there is global attention at 8 pixels too. Four arguments span the paper's ablation: encoder, decoder, resample (all
+their combinations are ours), and skips (it is not known which connections the paper cut; cutting all is assumed).
 A name that two backbone files share is the same code in both, so that each file can be read, and copied, alone.
 ResBlock, for one, is unet.py's, although nothing here resamples inside it.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
@@ -341,7 +341,7 @@ class Layer(nn.Sequential):
 class ASCEND(nn.Module):
     """ASCEND. Defaults: a CIFAR-10 model the size of the paper's others (48,038,075 parameters). Widths, depth,
     places of global attention and dropout are assumed, because the values in the paper's table of settings are not
-    available to us. Also assumed: window, the first convolution at full size, the convolutional middle, all the skips.
+    available to us. Also assumed: window, first convolution at full size, convolutional middle, skip after every layer.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
     not divide into windows."""
@@ -444,8 +444,8 @@ class ASCEND(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper's IU-ViT concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b,
-            # and so is adding: a is the hidden vector of the time MLP, b the mean of the text. (Which vectors, and the
-            # norm, are assumed. With text before the MLP's first layer, colours of shapes were learnt later.)
+            # the sum of two layers: a is the hidden vector of the time MLP here, b the mean of the text. (Which vectors
+            # and which norm is assumed. With text before the MLP's first layer, colours were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)

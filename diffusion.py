@@ -153,7 +153,7 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
         out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     clip: see clip_x0; 'none' for anything but pictures in [-1, 1], such as an autoencoder's latents. Without clipping,
-    eps on the cosine schedule needs em: the first step of ddim and dpm multiplies an error of eps by 100 to 200.
+    eps on the cosine schedule needs em: the first step of ddim and dpm multiplies an error of eps by 130 to 220.
     cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
     cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score. (For
     notebooks: no command here has such a classifier.)"""

@@ -263,8 +263,8 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # The paper concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b, so adding
-            # is concatenating: a is the hidden vector of the time MLP, b the mean of the text. (Which vectors, and
+            # The paper concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b, the sum
+            # of two layers: here a is the hidden vector of the time MLP, b the mean of the text. (Which vectors, and
             # the norm, are assumed. With text before the MLP's first layer, colours of shapes were learnt later.)
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None]]                                            # (B, 1, D)

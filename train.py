@@ -863,7 +863,7 @@ def main():
             saved = step
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
             data.copy_file(out / "ckpt.pt", kept_file)          # not a hard link: a cp onto ckpt.pt would change it
-        sheet = out / f"samples/step_{step:07d}.png"                # `start` may have none, if its drawing was killed
+        sheet = out / f"samples/step_{step:07d}.png"                # `start` may have none, after a stop or a kill
         drawn = step == start and sheet.exists()
         if step > 0 and (step % config.sample_every == 0 or last) and not (drawn or leaving):
             with precision:

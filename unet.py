@@ -298,8 +298,8 @@ class UNet(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper's IU-ViT concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b,
-            # and so is adding: a is the hidden vector of the time MLP, b the mean of the text. (Which vectors, and the
-            # norm, are assumed. With text before the MLP's first layer, colours of shapes were learnt later.)
+            # the sum of two layers: a is the hidden vector of the time MLP here, b the mean of the text. (Which vectors
+            # and which norm is assumed. With text before the MLP's first layer, colours were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
