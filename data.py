@@ -1600,7 +1600,7 @@ def open_set(name, data_dir):
 MAX_TOKENS = 256                                        # the paper's context; longer captions are cut off
 CHUNK = 1000                                            # pictures; a killed encode loses at most its last chunk
 OPEN_PARTS = 16                                         # shards whose features a process keeps mapped
-FEATURES = dict(encoder=str, width=int, n=int, longest=int)     # what their meta.json must hold
+FEATURES = dict(encoder=str, width=int, n=int)          # what their meta.json must hold
 INSTALL_T5 = "pip install transformers sentencepiece protobuf"
 
 
@@ -1734,8 +1734,7 @@ def encode_part(folder, captions, numbers, encoder):
     for name, steps in (("offsets", sizes), ("caption_of", of)):
         ends = np.cumsum([0, *steps], dtype=np.int64)
         write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
-    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes) - 1, tokens=sum(sizes),
-                longest=max(sizes))
+    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes) - 1, tokens=sum(sizes))
     write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
     chunks_file.unlink()
 
@@ -1777,24 +1776,22 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
     metas = {name: complete(name, len(parts[name])) for name in parts}
     if "" not in parts and all(metas.values()):
         sums = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
-        longest = max(meta["longest"] for meta in metas.values())
         shards = {name: meta["n"] for name, meta in metas.items()}
-        whole = dict(encoder=encoder.name, width=encoder.width, **sums, longest=longest, shards=shards)
+        whole = dict(encoder=encoder.name, width=encoder.width, **sums, shards=shards)
         with alone(folder):                             # two may finish at once
             write_file(folder / "meta.json", lambda f: f.write(json.dumps(whole, indent=1).encode()))
     return True
 
 
 class Features:
-    """The text features of a set: encoder (its name), width d, n (pictures that have some), longest (tokens that a
-    caption has at most), and null, float16 (L, d), the empty caption. The files of shards are opened on demand, a few
-    at a time."""
+    """The text features of a set: encoder (its name), width d, n (pictures that have some) and null, float16 (L, d),
+    the empty caption. The files of shards are opened on demand, a few at a time."""
 
     def __init__(self, folder):
         self.folder, meta = folder, read_meta(folder, FEATURES)
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
-        self.encoder, self.width, self.n, self.longest = (meta[key] for key in FEATURES)
+        self.encoder, self.width, self.n = (meta[key] for key in FEATURES)
         self.parts = meta.get("shards", {"": self.n})
         self.names, self.ends = list(self.parts), np.cumsum(list(self.parts.values()))
         self.part = functools.lru_cache(OPEN_PARTS)(self.open)
@@ -1834,11 +1831,11 @@ class Features:
         return [self.row(i, d) for i, d in zip(index.tolist(), draw.tolist())]
 
 
-def pad(rows, length=0):
+def pad(rows, multiple=8):
     """[float16 (L_i, d)] -> float16 (B, L, d), 0 beyond each text, and mask (B, L), True where it has a token. L is the
-    longest, or `length` if that is more, rounded up to a multiple of 8: shapes are then few and suit hardware."""
+    longest, rounded up to a multiple of 8, or of more: shapes are then few and suit hardware."""
     sizes = torch.tensor([len(row) for row in rows])
-    L = (max(length, int(sizes.max())) + 7) // 8 * 8
+    L = math.ceil(int(sizes.max()) / multiple) * multiple
     features = torch.zeros(len(rows), L, rows[0].shape[1], dtype=torch.float16)
     for i, row in enumerate(rows):
         features[i, :len(row)] = torch.as_tensor(row)
@@ -1897,16 +1894,16 @@ def permutation(seed, epoch, n):
 
 class Batches(torch.utils.data.Dataset):
     """Batches[step] -> x uint8 (b, 3, S, S), y int64 (b,), all 0 in a set without classes. With text features, these
-    replace y, padded as `pad` does, to at least `length`: float16 (b, L, d), mask (b, L). Pictures without features are
-    then left out.
+    replace y, padded as `pad` does, to a `multiple` of tokens: float16 (b, L, d), mask (b, L). Pictures without
+    features are then left out.
 
     batch: size of the global batch; rows: the b of its rows that this process takes; flip: mirror
     half the pictures. Everything about sample number k = step * batch + row follows from (seed, k):
     it is the same for any number of workers and processes, and after any resume."""
 
-    def __init__(self, pictures, batch, rows, seed, flip, features=None, length=0):
+    def __init__(self, pictures, batch, rows, seed, flip, features=None, multiple=8):
         self.pictures, self.batch, self.seed, self.flip, self.features = pictures, batch, seed, flip, features
-        self.length = length
+        self.multiple = multiple
         self.n = features.n if features else len(pictures)
         self.rows = np.array(rows, np.int64)
 
@@ -1922,7 +1919,7 @@ class Batches(torch.utils.data.Dataset):
             mirrored = mix(self.seed, k, MIRROR) % 2 == 1
             x[mirrored] = x[mirrored, ..., ::-1]
         if self.features:
-            return torch.from_numpy(x), *pad(self.features.rows(index, mix(self.seed, k, CAPTION)), self.length)
+            return torch.from_numpy(x), *pad(self.features.rows(index, mix(self.seed, k, CAPTION)), self.multiple)
         y = np.zeros_like(k) if self.pictures.labels is None else self.pictures.labels[index]
         return torch.from_numpy(x), torch.from_numpy(y)
 

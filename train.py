@@ -558,12 +558,15 @@ def checkpoint_blocks(net):
 
 
 def compile_network(net, one_pass):
-    """torch.compile. one_pass: a step is one forward and one backward pass, in one process. These are recorded as CUDA
-    graphs, because a GPU finishes the kernels of a small network before Python has launched the next ones.
+    """torch.compile, anew for every length of the texts: with lengths left open, gradients of attention fail.
+
+    one_pass: a step is one forward and one backward pass, in one process. These are recorded as CUDA graphs, because a
+    GPU finishes the kernels of a small network before Python has launched the next ones.
 
     No graphs: for gradients summed over --accum passes, which graphs get wrong (PyTorch's issue 169545); on AMD's GPUs,
     where networks learnt less with graphs (187715); with DDP or --grad-ckpt, where graphs have not been tried."""
-    return torch.compile(net, mode="reduce-overhead" if one_pass and not torch.version.hip else "default")
+    return torch.compile(net, mode="reduce-overhead" if one_pass and not torch.version.hip else "default",
+                         dynamic=False)
 
 
 def keep_freed_memory():
@@ -773,8 +776,8 @@ def main():
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
     # to this loader, a sample is this process's share of batch number `step`, so it can begin at any step
-    length = features.longest if compiled and features else 0       # PyTorch cannot compile gradients of varying length
-    shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, length)
+    multiple = 64 if compiled else 8                                # of tokens: it is compiled anew for each length
+    shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, multiple)
     data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers inherit it
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,

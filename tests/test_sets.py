@@ -801,7 +801,7 @@ def test_few_of_many_shards_are_open_at_a_time(tmp_path):
     names = [f"{i:05d}" for i in range(3 * data.OPEN_PARTS)]
     for i, name in enumerate(names):
         list(data.encode_part(tmp_path / name, [[f"number {i}"]], range(1), data.Words()))
-    write(tmp_path / "meta.json", json.dumps(dict(encoder="words", width=256, n=len(names), longest=3,
+    write(tmp_path / "meta.json", json.dumps(dict(encoder="words", width=256, n=len(names),
                                                   shards=dict.fromkeys(names, 1))))
     features = data.Features(str(tmp_path))
     rows = features.rows(np.arange(len(names)), np.zeros(len(names), np.uint64))
@@ -824,7 +824,6 @@ def test_two_ranks_with_two_workers_see_each_sample_once_an_epoch_with_its_own_c
     data.encode_set(pictures, data.Words())
     text = data.Features(data.text_folder(pictures.folder, "words"))
     own = data.encode(data.Words(), [pictures.captions[i][0] for i in range(6)])
-    assert text.longest == max(map(len, own))
     seen = {0: [], 1: []}
     for rank in range(2):
         batches = data.Batches(pictures, 2, range(rank, 2, 2), 0, False, text)

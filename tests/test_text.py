@@ -223,7 +223,7 @@ def test_batches_are_padded_to_a_multiple_of_eight_and_the_mask_says_where_token
     features, mask = data.pad([np.ones((3, 5), np.float16), np.ones((9, 5), np.float16)])
     assert features.shape == (2, 16, 5) and mask.sum(1).tolist() == [3, 9]
     assert torch.equal(features[:, :, 0] != 0, mask)
-    features, mask = data.pad([np.ones((3, 5), np.float16)], length=17)
+    features, mask = data.pad([np.ones((3, 5), np.float16)], multiple=24)
     assert features.shape == (1, 24, 5) and mask.sum() == 3
 
 
@@ -289,17 +289,18 @@ def test_a_run_on_text_resumes_bit_for_bit_and_at_any_number_of_workers(trained)
     assert equal(whole, trained("--steps", 4, "--workers", 1, out="halves"))
 
 
-def test_what_is_compiled_sees_texts_of_one_length(trained, captions, monkeypatch):
-    long, lengths = " ".join("abcdefghijklmnopqrst"), set()                             # 20 words, and the end
+def test_what_is_compiled_sees_texts_of_few_lengths_each_fixed(trained, captions, monkeypatch):
+    long, lengths = " ".join("abcdefgh" * 8), set()                                     # 64 words, and the end
     pictures = captions([["a red circle"]] * 30 + [[long]])
     data.encode_set(pictures, data.Words())
 
-    def compiler(net, mode):
+    def compiler(net, mode, dynamic):
+        assert dynamic is False
         return lambda x, t, y, mask: lengths.add(y.shape[1]) or net(x, t, y, mask)
 
     monkeypatch.setattr(torch, "compile", compiler)
     trained("--data", "mine", "--data-dir", "sets", "--compile", "--steps", 5)          # 40 of 31 pictures
-    assert lengths == {24}
+    assert lengths == {64, 128}
 
 
 class OtherWords(data.Words):

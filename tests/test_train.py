@@ -725,7 +725,7 @@ def test_a_sheet_whose_drawing_was_killed_is_drawn_by_the_next_start(trained, mo
                                           (["--compile", "--grad-ckpt"], ["default"])], ids=str)
 def test_compile_is_asked_for_on_a_cpu_and_only_single_passes_become_cuda_graphs(trained, monkeypatch, flags, modes):
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda net, mode: asked.append(mode) or net)
+    monkeypatch.setattr(torch, "compile", lambda net, mode, dynamic: asked.append(mode) or net)
     trained(*flags)
     assert asked == modes
 
