@@ -72,8 +72,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
     (B, heads, N, M)): which of the M keys are read.
 
-    By PyTorch's kernels, except on a CPU in bfloat16 without a mask, where the formula is faster: its gradient 2 to 4
-    times."""
+    By PyTorch's kernels, except on a CPU in bfloat16 without a mask, where the formula is faster: its backward pass 2
+    to 4 times."""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -120,7 +120,7 @@ class WindowAttention(nn.Module):
 
 class GroupNorm(nn.GroupNorm):
     """At most 32 groups, as in ADM, of at least 4 channels each: a group of one channel would erase its mean. It is
-    computed in float32, the dtype of its weights, even under autocast. CUDA does so by itself; on a CPU, the bfloat16
+    computed in the dtype of its weights: in float32 even under autocast. CUDA does so by itself; on a CPU, the bfloat16
     kernel takes three times as long."""
 
     def __init__(self, channels):
@@ -136,7 +136,7 @@ class GroupNorm(nn.GroupNorm):
         """forward in simple operations, for torch.compile on a GPU. There, PyTorch's own group norm copies maps from
         channels_last to channels first, and the next convolution copies them back; together this took a fifth of a
         step. Sums over H and W need no copies."""
-        x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
+        x = x.to(torch.promote_types(self.weight.dtype, torch.float32))             # sums need it, whatever the weights
         channel_var, channel_mean = (m.unflatten(1, (self.num_groups, -1))          # (B, groups, C/groups)
                                      for m in torch.var_mean(x, dim=(2, 3), correction=0))
         mean = channel_mean.mean(dim=2, keepdim=True)                               # (B, groups, 1)
@@ -174,8 +174,8 @@ class SwinLayer(Timed):
 
 
 class SwinBlock(Timed):
-    """Two Swin layers, the second with shifted windows (paper, Sec. 5), unless one window covers the whole map. If the
-    width changes, a 1x1 convolution comes first."""
+    """Two Swin layers, the second with shifted windows (paper, Sec. 5; the order is Swin's), unless one window covers
+    the whole map. If the width changes, a 1x1 convolution comes first."""
 
     def __init__(self, in_channels, out_channels, head_dim, size, window, emb_dim, dropout):
         super().__init__()
@@ -183,6 +183,7 @@ class SwinBlock(Timed):
         assert size % w == 0, f"a {size}x{size} map does not divide into windows of {w}: change window or img_size"
         assert out_channels % head_dim == 0, f"{out_channels} channels do not divide into heads of {head_dim}"
         self.out_channels = out_channels
+        # in a Swin decoder it narrows: what comes in has a skip beside it
         self.widen = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.plain = SwinLayer(out_channels, head_dim, size, w, 0, emb_dim, dropout)
         self.shifted = SwinLayer(out_channels, head_dim, size, w, w // 2 if w < size else 0, emb_dim, dropout)
@@ -239,7 +240,8 @@ class SpatialAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight.
+    No bias on q, k, v (assumed; as in U-ViT)."""
 
     def __init__(self, dim, heads, text_dim):
         super().__init__()
@@ -305,8 +307,8 @@ class PatchMerge(nn.Module):
 
 
 class PatchExpand(nn.Module):
-    """The reverse (Swin-Unet, arXiv 2105.05537): linear C -> 4C, rearrange to a 2x2 patch of C, norm. (Swin-Unet's own
-    goes to C/2.)"""
+    """The counterpart (Swin-Unet, arXiv 2105.05537): linear C -> 4C, rearrange to a 2x2 patch of C, norm. (Swin-Unet's
+    own goes to C/2. It takes a patch by rows, Swin's merging by columns: their authors' orders.)"""
 
     def __init__(self, channels):
         super().__init__()
@@ -393,6 +395,7 @@ class ASCEND(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E))        # the norm is assumed
+            # the norm has no scale or bias, because the linear layer has one; that has no bias, because time's has one
             self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 
@@ -450,7 +453,7 @@ class ASCEND(nn.Module):
 
         h, skips = x, []                                                # (B, channels, H, W)
         for layer in self.encoder:
-            h = layer(h, emb, text)                                     # (B, mult * dim, H / 2^level, W / 2^level)
+            h = layer(h, emb, text)                                     # (B, C, h, w): wider and smaller by and by
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:

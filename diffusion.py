@@ -4,10 +4,10 @@
     learn      net(x_t, t, *cond) ~ eps   (or v = alpha eps - sigma x_0)                            (Eq. 4-5)
     sample     start at x ~ N(0, I), t = t_max; walk t down to 0 with denoise(x, t) ~ E[x_0 | x_t]  (Eq. 2-3)
 
-Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1]; the paper's T = 1000 steps are
-t = 1/1000 .. 1. Apart from the clocks, nothing here depends on the network or its condition: any f(x, t, *cond)
-of the right shape will do. cond is the tuple of what the network takes besides x and t: () for nothing, (y,) for
-classes, (features, mask) for text.
+Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1], as in U-ViT's code (assumed); the paper's
+T = 1000 steps are t = 1/1000 .. 1. Apart from the clocks, nothing here depends on the network or its condition: any
+f(x, t, *cond) of the right shape will do. cond is the tuple of what the network takes besides x and t: () for nothing,
+(y,) for classes, (features, mask) for text.
 
 Needs only torch. MIT licence, (c) 2026 the maintainers.
 """
@@ -64,9 +64,9 @@ class Cosine:
     def alpha(self, t):
         return math_of(t).cos(self.angle(t)) / math.cos(self.angle(0))
 
-    def sigma(self, t):                                 # cos^2 b - cos^2 a = sin(a - b) sin(a + b): no cancellation
-        a, b = self.angle(t), self.angle(0)
-        return math_of(t).sqrt(math_of(t).sin(a - b) * math_of(t).sin(a + b)) / math.cos(b)
+    def sigma(self, t):                                 # cos^2 b - cos^2 a = sin(a - b) sin(a + b)
+        b, d = self.angle(0), t / (1 + self.s) * math.pi / 2            # d = a - b: no cancellation near t = 0
+        return math_of(t).sqrt(math_of(t).sin(d) * math_of(t).sin(2 * b + d)) / math.cos(b)
 
     def lam(self, t):
         return math_of(t).log(self.alpha(t) / self.sigma(t))
@@ -112,8 +112,9 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
 
     shift > 1 favours high noise (the time shift of Esser et al., arXiv 2403.03206, Eq. 23): shift / (1 + shift)
     becomes the median. spread < 1 gathers the times around it, as a logit-normal does (same paper, Eq. 19).
-    The n times are not independent but evenly spaced from a random start (assumed, for the paper's runs too): the loss
-    varies so much with t that even coverage makes gradients less noisy (Kingma et al., arXiv 2107.00630, App. I.1)."""
+    The n times are not independent: they come from evenly spaced numbers with a random start (assumed, for the paper's
+    runs too), because the loss varies so much with t that even coverage makes gradients less noisy (Kingma et al.,
+    arXiv 2107.00630, App. I.1)."""
     u = (torch.rand(1, generator=generator, device=device) + torch.arange(n, device=device) / n) % 1
     return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # spread and shift act on log-odds
 
@@ -122,8 +123,8 @@ def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
     """Mean squared error of each image, (B,): the simple, unweighted loss of Eq. 4.
 
     x0, eps (B, C, H, W), t (B,), cond: a tuple of tensors of B rows. prediction 'v' is Salimans & Ho's target
-    (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma): unlike eps it also asks for
-    x_0 where x_t is all noise, so the network learns layout much sooner."""
+    (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma). Unlike eps it also asks for x_0 where
+    x_t is all noise: for one guess of x_0 its loss is that of eps divided by alpha^2, so layout weighs more."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     target = eps if prediction == "eps" else alpha * eps - sigma * x0
@@ -134,8 +135,8 @@ def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
 # ---- from a network to a denoiser ---------------------------------------------------------------------
 
 def clip_x0(x0, how):
-    """'none'; 'static': to [-1, 1], where pictures live; 'dynamic': divide by the 99.5th percentile of |x0|
-    when that is above 1 (Imagen, arXiv 2205.11487, Sec. 2.3), which keeps strong guidance from saturating."""
+    """'none'; 'static': to [-1, 1], where pictures live; 'dynamic': to [-s, s] and divided by s, the 99.5th percentile
+    of |x0|, if s is above 1 (Imagen, arXiv 2205.11487, Sec. 2.3), which keeps strong guidance from saturating."""
     assert how in ("none", "static", "dynamic"), f"clip is 'none', 'static' or 'dynamic', not {how!r}"
     if how == "none":
         return x0
@@ -149,12 +150,14 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     """denoise(x, t) -> x0 for the samplers below: x (B, C, H, W), t a float, x0 like x. net should be in eval mode.
 
     cond, null: the condition and the null condition of the batch (the null class, or features and mask of the empty
-    text), as tuples of tensors, equal in number and shapes. scale: classifier-free guidance,
+    text), as tuples of tensors, equal in number and shapes. scale: classifier-free guidance (ignored without a cond),
         out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
-    clip: see clip_x0; 'none' for anything but pictures in [-1, 1], such as an autoencoder's latents. Without clipping,
-    eps on the cosine schedule needs em: the first step of ddim and dpm multiplies an error of eps by 130 to 220.
-    cond_fn(x, t) -> grad_x log p(c | x_t): a classifier's or CLIP's gradient, run with gradients enabled.
+    clip: see clip_x0 (static: assumed, as in DDPM's code); 'none' for anything but pictures in [-1, 1], such as an
+    autoencoder's latents. Without clipping, eps on the cosine schedule needs em: the first step of ddim and dpm
+    multiplies an error of eps by 135 in 250 steps, by 221 in 20, by 402 in 10.
+    cond_fn(x, t) -> grad_x log p(c | x_t), t a float of this file's clock: a classifier's or CLIP's gradient, run with
+    gradients enabled.
     cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score. (For
     notebooks: no command here has such a classifier.)"""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
@@ -184,7 +187,7 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
 
 # ---- time grids: `steps` times, decreasing from t_max, then 0 -------------------------------------------
 
-T_MIN = 1e-3        # the last step goes from here straight to 0; sigma here is 0.01 (cosine: 0.006), one grey level
+T_MIN = 1e-3        # U-ViT's; the last step goes from here straight to 0; sigma is 0.01 (cosine: 0.006), one grey level
 
 
 def uniform_times(schedule, steps):
@@ -218,7 +221,8 @@ def em(denoise, x, times, schedule, noise):
     First order, so its error falls only as 1 / steps. Each step replaces a fraction beta (below) of x's variance by
     fresh noise, with the score held fixed. So beta must be small: on the linear schedule at t = 0.5 it is 0.4 with 20
     steps, and 0.01 with the paper's 1000. (Near t = 1 the cosine's is not: x, still all noise, gets a variance of up to
-    1.25, which the next steps bring back to 1.) Fresh noise is useful: it corrects earlier mistakes of the network."""
+    1.25, which the next steps bring back to 1.) In very few steps some of the first noise stays in the picture. Fresh
+    noise is useful: it corrects earlier mistakes of the network."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
@@ -233,7 +237,8 @@ def em(denoise, x, times, schedule, noise):
 
 @torch.no_grad()
 def ddim(denoise, x, times, schedule, noise=None):
-    """DDIM (Song et al., arXiv 2010.02502, Eq. 12 with eta = 0): no noise, first order."""
+    """DDIM (Song et al., arXiv 2010.02502, Eq. 12 with eta = 0): no noise, first order. SAMPLERS puts it on the grid of
+    DPM-Solver (assumed; its authors step evenly in time)."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         x = carry(x, x0, t, s, schedule)

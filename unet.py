@@ -47,7 +47,7 @@ def masked_mean(tokens, mask):
 
 class GroupNorm(nn.GroupNorm):
     """At most 32 groups, as in ADM, of at least 4 channels each: a group of one channel would erase its mean. It is
-    computed in float32, the dtype of its weights, even under autocast. CUDA does so by itself; on a CPU, the bfloat16
+    computed in the dtype of its weights: in float32 even under autocast. CUDA does so by itself; on a CPU, the bfloat16
     kernel takes three times as long."""
 
     def __init__(self, channels):
@@ -63,7 +63,7 @@ class GroupNorm(nn.GroupNorm):
         """forward in simple operations, for torch.compile on a GPU. There, PyTorch's own group norm copies maps from
         channels_last to channels first, and the next convolution copies them back; together this took a fifth of a
         step. Sums over H and W need no copies."""
-        x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
+        x = x.to(torch.promote_types(self.weight.dtype, torch.float32))             # sums need it, whatever the weights
         channel_var, channel_mean = (m.unflatten(1, (self.num_groups, -1))          # (B, groups, C/groups)
                                      for m in torch.var_mean(x, dim=(2, 3), correction=0))
         mean = channel_mean.mean(dim=2, keepdim=True)                               # (B, groups, 1)
@@ -108,8 +108,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
     (B, heads, N, M)): which of the M keys are read.
 
-    By PyTorch's kernels, except on a CPU in bfloat16 without a mask, where the formula is faster: its gradient 2 to 4
-    times."""
+    By PyTorch's kernels, except on a CPU in bfloat16 without a mask, where the formula is faster: its backward pass 2
+    to 4 times."""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -135,7 +135,8 @@ class SpatialAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight.
+    No bias on q, k, v (assumed; as in U-ViT)."""
 
     def __init__(self, dim, heads, text_dim):
         super().__init__()
@@ -245,6 +246,7 @@ class UNet(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E))        # the norm is assumed
+            # the norm has no scale or bias, because the linear layer has one; that has no bias, because time's has one
             self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 
@@ -262,8 +264,8 @@ class UNet(nn.Module):
         # middle
         self.middle = Layer(res(C, C), *attention(C), res(C, C))
 
-        # decoder: one layer for each layer of the encoder, whose output is its skip. So a level has one layer more than
-        # in the encoder, which reads what the encoder's level started from: a down's output, or the first conv's
+        # decoder: one layer for each layer of the encoder, whose output is its skip. So a level has one block more than
+        # in the encoder; its last reads what the encoder's level started from: a down's output, or the first conv's
         widths = [layer.out_channels for layer in self.encoder]
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(dim_mults))):
@@ -304,7 +306,7 @@ class UNet(nn.Module):
 
         h, skips = x, []                                                # (B, channels, H, W)
         for layer in self.encoder:
-            h = layer(h, emb, text)                                     # (B, mult * dim, H / 2^level, W / 2^level)
+            h = layer(h, emb, text)                                     # (B, C, h, w): wider and smaller by and by
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:

@@ -39,8 +39,8 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
     (B, heads, N, M)): which of the M keys are read.
 
-    By PyTorch's kernels, except on a CPU in bfloat16 without a mask, where the formula is faster: its gradient 2 to 4
-    times."""
+    By PyTorch's kernels, except on a CPU in bfloat16 without a mask, where the formula is faster: its backward pass 2
+    to 4 times."""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -152,22 +152,22 @@ class UViT(nn.Module):
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
         at padding tokens, which may hold any finite numbers; without a mask there is no padding. Only the
-        first text_len tokens are read."""
+        first text_len tokens are read: a longer text loses its end, and its end token."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
-        tokens, readable = [time[:, None]], None                            # (B, 1, D); None: all tokens are readable
+        tokens, readable = [time[:, None], x], None                         # (B, 1, D), (B, h*w, D); None: all readable
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             pad = self.text_len - y.shape[1]                                # F.pad cuts if it is negative
-            tokens.append(self.text_embed(F.pad(y, (0, 0, 0, pad))))        # (B, text_len, D)
+            tokens.insert(1, self.text_embed(F.pad(y, (0, 0, 0, pad))))     # (B, text_len, D)
             mask = F.pad(mask, (0, pad))                                    # (B, text_len); padding masked: assumed
             readable = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # plus time, patches: (B, 1, 1, N)
         if self.class_embed is not None:
-            tokens.insert(0, self.class_embed(y)[:, None])                  # (B, 1, D)
-        x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
+            tokens = [self.class_embed(y)[:, None], *tokens]                # (B, 1, D)
+        x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
 
         skips = []
         for block in self.in_blocks:
