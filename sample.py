@@ -288,9 +288,10 @@ def classes_of(args, names):
     return torch.tensor([asked[i % len(asked)] for i in range(args.n)])
 
 
-def features_of(prompts, args, text):
+def features_of(prompts, args, text, limit):
     """[float16 (L, d)] of the prompts, by the encoder that the network was trained with, and which of their tokens are
-    the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is freed before drawing."""
+    the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is freed before drawing. limit: how many
+    tokens the network reads."""
     known = dict(zip(text["captions"], text["rows"]))                   # these need no encoder
     rows = [known.get(prompt) for prompt in prompts]
     familiar = all(row is not None for row in rows)
@@ -304,8 +305,8 @@ def features_of(prompts, args, text):
              "network was trained: name where that one lies now with --encoder")
     if not familiar:
         for prompt, tokens in zip(prompts, encoder.tokens(prompts)):
-            if len(tokens) > data.MAX_TOKENS and data.processes()[0] == 0:
-                print(f"note: a prompt of {len(tokens):,} tokens is cut to {data.MAX_TOKENS}: {prompt[:60]!r}...")
+            if len(tokens) > limit and data.processes()[0] == 0:
+                print(f"note: a prompt of {len(tokens):,} tokens is cut to {limit}: {prompt[:60]!r}...")
         rows = data.encode(encoder, prompts)
     return rows, mark(args.attend, prompts, encoder) if args.attend else None
 
@@ -624,7 +625,7 @@ def main():
         prompts, kinds = args.prompt or config["text"]["captions"], ["as asked"] * args.n
         if args.score and not args.prompt:
             prompts, kinds = data.asked_scenes(args.n)                  # no training has seen their pictures
-        rows, marked = features_of(prompts, args, config["text"])
+        rows, marked = features_of(prompts, args, config["text"], getattr(net, "text_len", data.MAX_TOKENS))
         which = [i % len(prompts) for i in range(args.n)]
         wanted, labels = [rows[i] for i in which], [prompts[i] for i in which]
         asked = np.array(labels)

@@ -23,7 +23,7 @@ import diffusion
 import sample
 import train
 from ascend import SwinLayer
-from conftest import TINY, command
+from conftest import TINY
 from unet import UNet
 from uvit import UViT
 
@@ -291,23 +291,15 @@ def test_the_noise_of_adm_in_step_i_is_ours_at_t_of_i_plus_one(schedule, limit):
 
 # ---- from a file to pictures, and on -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["cifar10_uvit_small", "imagenet64_uvit_mid"])
-def test_a_published_file_is_drawn_from_by_its_name_alone(file, tmp_path, name):
-    printed = command("sample.py", "--ckpt", file(name), *"--n 2 --steps 3 --npz drawn.npz".split(), cwd=tmp_path)
-    with np.load(tmp_path / "drawn.npz") as npz:
-        size = 32 if "cifar" in name else 64
-        assert npz["arr_0"].shape == (2, size, size, 3) and npz["arr_0"].std() > 1, printed
-        assert ("arr_1" in npz) == ("imagenet" in name)
-
-
 @each_file
-def test_pictures_of_every_format_go_through_sampling(file, tmp_path, monkeypatch, name):
+def test_a_published_file_is_drawn_from_by_its_name_alone(file, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(file(name)), *"--n 1 --steps 1 --device cpu".split(),
-                                      *"--dtype float32 --npz drawn.npz --clip none".split()])
+                                      *"--dtype float32 --npz drawn.npz".split()])
     sample.main()
     with np.load("drawn.npz") as npz:
         assert npz["arr_0"].shape == (1, *[FILES[name][1]["img_size"]] * 2, 3) and npz["arr_0"].std() > 1
+        assert ("arr_1" in npz) == ("classes" in FILES[name][1])
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +349,12 @@ def test_training_goes_on_from_a_file_and_needs_it_no_more(file, tuned, tmp_path
     assert tuned(mine, "--data", pictures, "--lr", 1e-30, "--steps", 2)["step"] == 2
     net, config = sample.load("run/ckpt.pt")
     assert config["clock"] == "uvit" and net._forward_pre_hooks
+
+
+def test_numbered_classes_are_those_of_a_set_of_as_many(tuned, tmp_path):
+    torch.save(formula(uvit_file(img_size=64, patch=4, classes=24)), tmp_path / "mine.pth")
+    rows = tuned(tmp_path / "mine.pth", "--data", "shapes64", "--lr", 1e-30)["ema"]["class_embed.weight"]
+    torch.testing.assert_close(rows, sample.read(tmp_path / "mine.pth")[1]["class_embed.weight"])
 
 
 @pytest.mark.parametrize("name", ["adm_64x64_diffusion", "adm_lsun_bedroom"])
@@ -432,7 +430,6 @@ def change(whole, **entries):
 @pytest.mark.parametrize("name", ["celeba64_uvit_small", "adm_lsun_bedroom"])
 def test_a_file_must_hold_exactly_the_weights_of_its_network(weights, name, monkeypatch):
     whole = weights(name)
-    last = list(whole)[-1]
     part = next(key for key in whole if key.endswith("norm2.weight" if "uvit" in name else "norm.weight"))
     for bad, says in ((change(whole, surprise=torch.zeros(3)), r"surprise \(3,\), not expected"),
                       ({k: p for k, p in whole.items() if k != part}, "is missing, not"),
@@ -440,7 +437,6 @@ def test_a_file_must_hold_exactly_the_weights_of_its_network(weights, name, monk
         monkeypatch.setattr(data, "read_dict", lambda path: bad)
         with pytest.raises(data.UserError, match="1 do not fit: .*" + says):
             sample.load(f"{name}.pth")
-    assert last in whole
 
 
 def meta(make, **arguments):
@@ -499,12 +495,6 @@ def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path, caps
         sample.load(tmp_path / "trap.pth")
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
     assert "this ran" not in capsys.readouterr().out and not recwarn
-
-
-def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
-    torch.save(dict(trap=Mischief()), tmp_path / "trap.pth")
-    printed = command("sample.py", "--ckpt", "trap.pth", cwd=tmp_path, code=2)
-    assert printed.startswith("error: ") and printed.count("\n") == 1, printed
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -60,6 +60,16 @@ def grey_levels(a, b):
     return int(abs(a.astype(int) - b).max())
 
 
+def flat(level):
+    """A network that predicts v exactly where all pictures are flat: of level(*cond), (B,). On the cosine schedule."""
+    def net(x, t, *cond):
+        alpha, sigma = (f(t)[:, None, None, None] for f in (cosine.alpha, cosine.sigma))
+        return (alpha * x - level(*cond)[:, None, None, None]) / sigma
+
+    cosine = diffusion.SCHEDULES["cosine"]
+    return net
+
+
 # ---- what it writes --------------------------------------------------------------------------------------
 
 def test_a_png_is_one_sheet_of_all_pictures(drawn):
@@ -91,20 +101,34 @@ def test_the_same_command_goes_on_with_a_folder_and_draws_only_what_is_missing(d
     monkeypatch.setattr(diffusion, "ImageNoise", lambda seeds, *args: firsts.append(seeds) or noise(seeds, *args))
     again, _ = drawn("--batch", 2, "--out", "pictures")
     assert firsts == [data.image_seeds(0, range(2, 4))] and np.array_equal(whole, again)
+
+
+def test_a_folder_takes_no_command_that_differs_in_anything(drawn, altered, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net: net)
+    command = ["--ckpt", altered(), "--batch", 2, "--out", "pictures"]
+    drawn(*command)
+    for flags in ("--seed 1", "--cfg 3", "--steps 3", "--classes 1", "--sampler ddim", "--clip none", "--weights raw",
+                  "--dtype bfloat16", "--n 7", "--batch 3", "--device auto", "--compile"):
+        with pytest.raises(data.UserError, match="not of this very command"):
+            drawn(*command, *flags.split())
+            pytest.fail(f"it takes {flags}")
+    whole = data.read_checkpoint(command[1])
+    next(iter(whole["ema"].values()))[0] += 1
+    torch.save(whole, command[1])
     with pytest.raises(data.UserError, match="not of this very command"):
-        drawn("--batch", 2, "--out", "pictures", "--seed", 1)
+        drawn(*command)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
 def test_a_picture_that_cannot_be_written_is_named(drawn, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="cannot write pictures/00000[01].png: .*No space left on device"):
+    with pytest.raises(OSError, match="cannot write pictures.00000[01].png: .*No space left on device"):
         drawn("--n", 2, "--out", "pictures")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
 def test_two_commands_at_once_in_one_folder_are_one_too_many(drawn):
     whole, _ = drawn("--out", "pictures")
     code = "import data; f = open('pictures/.asked.json', 'a'); data.lock(f); print(flush=True); input()"
@@ -132,6 +156,17 @@ def test_the_npz_holds_pictures_and_the_classes_asked_for(drawn):
     assert pictures.shape == (27, 32, 32, 3) and pictures.dtype == np.uint8
     assert classes.tolist() == [*range(24), 0, 1, 2], "not class i mod 24"
     assert drawn("--classes", "3,5")[1].tolist() == [3, 5, 3, 5, 3, 5]
+
+
+def test_each_picture_shows_its_class_and_guidance_leads_away_from_the_null_class(drawn, ckpt, monkeypatch):
+    def level(y):                                       # classes are 3 grey levels apart at guidance 3
+        return y / 120 - 0.1
+
+    config = data.read_checkpoint(ckpt)["config"]
+    monkeypatch.setattr(sample, "load", lambda *args: (flat(level), config))
+    pictures, classes = drawn("--n", 27, "--batch", 4, "--cfg", 3)
+    wanted = data.to_uint8(3 * level(torch.from_numpy(classes)) - 2 * level(torch.tensor(24)))
+    assert grey_levels(pictures, wanted.numpy()[:, None, None, None]) <= 1
 
 
 def test_score_says_how_many_pictures_show_what_was_asked(drawn, capsys):
@@ -187,6 +222,13 @@ def test_a_flag_changes_the_pictures(drawn, flags):
     assert grey_levels(plain, other) > 0, f"{flags} changes nothing"
 
 
+@pytest.mark.parametrize("config", [dict(schedule="linear"), dict(prediction="eps"), dict(clock="uvit")], ids=str)
+def test_what_the_training_decided_changes_the_pictures(drawn, altered, config):
+    strong = ["--steps", 8, "--cfg", 50]
+    plain, other = drawn(*strong)[0], drawn(*strong, "--ckpt", altered(**config))[0]
+    assert grey_levels(plain, other) > 0, f"{config} changes nothing"
+
+
 def test_flags_that_are_not_given_are_those_of_the_training(drawn, ckpt):
     config = data.read_checkpoint(ckpt)["config"]
     flags = [word for name, key in dict(sampler="sampler", steps="sample_steps", cfg="cfg", clip="clip").items()
@@ -227,7 +269,8 @@ def test_an_unconditional_model_takes_no_classes(drawn, altered):
 
 # ---- mistakes --------------------------------------------------------------------------------------------
 
-def test_without_any_run_it_says_how_to_get_one(tmp_path):
+def test_without_any_run_it_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")      # those of other packages are no lines of ours
     printed = command("sample.py", cwd=tmp_path, code=2)
     assert printed.startswith("error: ") and printed.count("\n") == 1 and "python train.py" in printed, printed
     assert not list(tmp_path.iterdir()), "it wrote something"
@@ -312,11 +355,6 @@ def test_out_of_memory_is_one_message(drawn, monkeypatch):
 def test_only_pictures_of_shapes_are_scored(drawn, altered):
     with pytest.raises(data.UserError, match="--score.*emoji64"):
         drawn("--ckpt", altered(data="emoji64"), "--score")
-
-
-def test_the_npz_does_not_take_the_place_of_the_sheet(drawn, tmp_path):
-    with pytest.raises(data.UserError, match="ends in .npz"):
-        drawn("--out", "same.png", "--npz", tmp_path / "same.png")
 
 
 @pytest.mark.parametrize("flag", ["--out", "--npz"])

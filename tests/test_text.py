@@ -1,5 +1,6 @@
 """Text to image, from a caption to a picture: captioned shapes and their scorer, encoders and their files, training,
 sampling."""
+import functools
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ import data
 import sample
 import train
 from conftest import ROOT, command, need, tiny
+from iuvit import IUViT
+from test_sample import flat
 
 COLOURS, SHAPES = "|".join(data.PALETTE), "|".join(data.SHAPES)
 
@@ -32,7 +36,20 @@ def test_scenes_are_the_same_for_ever():
     assert [data.draw_scene(i)[2] for i in range(4)] == [
         "a small green square on the left", "a small yellow square right of a large orange triangle",
         "a small blue square right of a small orange circle", "a large red circle at the top"]
-    assert data.draw_scene(2) == data.draw_scene(2)
+    assert [data.draw_scene(i)[0] for i in range(4)] == [140, 220, 140, 60]
+    assert [tuple(o) for i in range(4) for o in data.draw_scene(i)[1]] == [pytest.approx(o, abs=1e-6) for o in [
+        (1, 1, 0.298692, 0.548081, 0.348614),
+        (3, 1, 0.749418, 0.560236, 0.345988), (5, 2, 0.288642, 0.452415, 0.433556),
+        (2, 1, 0.707149, 0.571462, 0.340940), (5, 0, 0.238886, 0.506535, 0.309332),
+        (0, 0, 0.515953, 0.283006, 0.488509)]]
+
+
+def test_scenes_to_ask_for_are_ones_that_no_training_has_seen(monkeypatch):
+    numbers, draw = [], data.draw_scene
+    monkeypatch.setattr(data, "draw_scene", lambda i, held_out: numbers.append(i) or draw(i, held_out))
+    captions, kinds = data.asked_scenes(9)
+    assert len(captions) == 9 and kinds == ["one object", "two objects", "held-out"] * 3
+    assert min(numbers) >= data.SHAPE_COUNT and len(set(numbers)) == len(numbers)
 
 
 def test_objects_are_whole_and_never_touch():
@@ -151,6 +168,13 @@ def test_features_come_back_as_they_were_encoded(captions):
     assert drawn == {2, 4}, "one of its captions is never drawn"
 
 
+def test_a_picture_shows_each_of_its_captions_in_training(captions):
+    pictures = captions([["one", "the second one"]])
+    data.encode_set(pictures, data.Words())
+    batches = data.Batches(pictures, 1, [0], 0, False, data.Features(data.text_folder(pictures.folder, "words")))
+    assert {int(batches[step][2].sum()) for step in range(20)} == {2, 4}, "with the end of each"
+
+
 def test_encoding_that_is_killed_goes_on_to_the_same_bytes(captions, tmp_path):
     pictures, folder = captions([[f"number {i}", "again"][:1 + i % 2] for i in range(2500)]), tmp_path / "part"
     whole = list(data.encode_part(tmp_path / "whole", pictures.captions, range(2500), data.Words()))
@@ -202,12 +226,19 @@ def test_a_second_process_waits_for_the_first_and_then_looks_what_there_is(capti
     holder.stdout.readline()                            # it has the lock
     second = subprocess.Popen([sys.executable, ROOT / "data.py", *argv, "--data-dir", tmp_path / "sets"],
                               stderr=subprocess.PIPE, text=True)
-    assert "another process is at work in" in second.stderr.readline()
-    assert second.poll() is None and not (folder / "meta.json").exists()
-    holder.kill()
-    holder.communicate()
-    second.communicate()
-    assert second.returncode == 0 and (folder / "meta.json").exists()
+    deadline = threading.Timer(100, second.kill)        # or a test that fails would wait for a line for ever
+    deadline.start()
+    try:
+        assert "another process is at work in" in second.stderr.readline()
+        assert second.poll() is None and not (folder / "meta.json").exists()
+        holder.kill()
+        holder.communicate()
+        second.communicate()
+        assert second.returncode == 0 and (folder / "meta.json").exists()
+    finally:
+        deadline.cancel()
+        holder.kill()
+        second.kill()
 
 
 def test_a_limit_encodes_the_first_pictures_and_training_sees_no_others(captions):
@@ -249,25 +280,38 @@ def sets(tmp_path_factory):
     return folder
 
 
+def train_in(folder, sets, *flags, model="iuvit", out="run"):
+    """Train a tiny text-conditional network for two steps, in a folder, into out/ -> its checkpoint."""
+    argv = [*tiny(model), "--cond", "text", "--data-dir", sets, "--out", out, "--steps", 2, "--samples", 4, "--lr",
+            0.02, *flags]
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        m.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        train.main()
+    return data.read_checkpoint(folder / out / "ckpt.pt")
+
+
 @pytest.fixture
 def trained(sets, tmp_path, monkeypatch):
-    """trained("--lr", 1) trains a tiny text-conditional network for two steps, in an empty folder, into run/."""
+    """trained("--lr", 1) trains so in an empty folder, in which the test goes on."""
     monkeypatch.chdir(tmp_path)
+    return functools.partial(train_in, tmp_path, sets)
 
-    def run(*flags, model="iuvit", out="run"):
-        argv = [*tiny(model), "--cond", "text", "--data-dir", sets, "--out", out, "--steps", 2, "--samples", 4, "--lr",
-                0.02, *flags]
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
-        train.main()
-        return data.read_checkpoint(f"{out}/ckpt.pt")
 
-    return run
+@pytest.fixture(scope="module")
+def guided(sets, tmp_path_factory):
+    """The checkpoint of a network trained so with guidance, for all tests that only draw."""
+    folder = tmp_path_factory.mktemp("guided")
+    train_in(folder, sets, "--cfg", 2)
+    return folder / "run/ckpt.pt"
 
 
 @pytest.fixture
-def drawn(trained, tmp_path, monkeypatch):
-    """drawn("--prompt", "a red circle") samples from a checkpoint trained so: pictures and captions."""
-    trained("--cfg", 2)
+def drawn(guided, tmp_path, monkeypatch):
+    """drawn("--prompt", "a red circle") samples from a copy of it, run/ckpt.pt: pictures and captions."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    shutil.copy(guided, "run")
 
     def run(*flags):
         argv = ["--ckpt", "run/ckpt.pt", "--device", "cpu", "--dtype", "float32", "--npz", "drawn.npz", *flags]
@@ -373,6 +417,30 @@ def test_a_checkpoint_knows_encoder_null_caption_and_grid(trained):
         assert np.array_equal(row.numpy(), data.encode(data.Words(), [caption])[0]), caption
 
 
+def test_each_picture_shows_its_prompt_and_guidance_leads_away_from_the_empty_caption(drawn, monkeypatch):
+    def level(features, mask):
+        return (features[:, :, 0] * mask).sum(1) / mask.sum(1) / 20
+
+    def of(captions):
+        features, mask = data.pad(data.encode(data.Words(), captions))
+        return level(features.float(), mask)
+
+    config = sample.load("run/ckpt.pt")[1]
+    monkeypatch.setattr(sample, "load", lambda *args: (flat(level), config))
+    prompts = "red", "a blue square", "very " * 9 + "long"
+    pictures, captions = drawn("--prompt", *prompts, "--n", 7, "--batch", 2, "--cfg", 3)
+    wanted = data.to_uint8(3 * of(captions) - 2 * of([""])).numpy()
+    assert abs(pictures.astype(int) - wanted[:, None, None, None]).max() <= 1 and len(set(wanted)) == 3
+
+
+def test_a_folder_takes_no_command_with_another_prompt_or_another_word_to_attend(drawn):
+    flags = ["--n", 2, "--out", "pictures", "--prompt", "a red circle", "--attend"]
+    drawn(*flags, "red")
+    for other in (["circle"], ["red", "--prompt", "a red square"]):
+        with pytest.raises(data.UserError, match="not of this very command"):
+            drawn(*flags, *other)
+
+
 def test_a_caption_is_the_same_picture_whatever_stands_beside_it(drawn):
     alone, _ = drawn("--prompt", "a red circle", "--n", 1)
     beside, _ = drawn("--prompt", "a red circle", "very " * 60 + "long", "--n", 2)        # padded to 64 tokens, not 8
@@ -386,6 +454,13 @@ def test_any_prompt_gives_pictures(drawn, prompt, capsys):
     pictures, captions = drawn("--prompt", prompt, "--n", 2)
     assert len(pictures) == 2 and pictures.std() > 0
     assert ("is cut to 256" in capsys.readouterr().out) == (len(prompt) > 5000)
+
+
+def test_a_prompt_longer_than_uvit_reads_is_told_to_be_cut(trained, monkeypatch, capsys):
+    trained(model="uvit")
+    monkeypatch.setattr(sys, "argv", ["sample.py", *"--ckpt run/ckpt.pt --n 1 --device cpu --prompt".split(), "red " * 77])
+    sample.main()
+    assert "a prompt of 78 tokens is cut to 77" in capsys.readouterr().out
 
 
 def test_an_encoder_that_has_become_another_is_refused(drawn, monkeypatch):
@@ -429,6 +504,15 @@ def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
         sample.main()
 
 
+def test_every_scale_draws_all_pictures_block_by_block(drawn, monkeypatch):
+    asked, draw = [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda net, config, wanted, ids, device: (
+        asked.append((config["cfg"], list(ids))) or draw(net, config, wanted, ids, device)))
+    monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ckpt.pt --cfg 1,4 --n 3 --batch 2 --device cpu".split())
+    sample.main()
+    assert asked == [(1, [0, 1]), (1, [2]), (4, [0, 1]), (4, [2])]
+
+
 def test_prompts_are_columns_of_a_sheet_also_if_some_are_the_same(drawn, monkeypatch):
     monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ckpt.pt --n 6 --prompt red red blue --device cpu".split())
     sample.main()
@@ -459,6 +543,38 @@ def test_attention_maps_are_those_of_the_network_and_leave_it_alone(drawn):
     assert torch.allclose(maps, torch.full_like(maps, layers), atol=1e-4), "all tokens together get all of it"
     with pytest.raises(data.UserError, match="--attend dog: no prompt has this word"):
         drawn("--prompt", "a red circle", "--attend", "dog")
+
+
+def test_all_tokens_of_a_word_are_marked_and_no_others():
+    marked = sample.mark("blue square", ["a red circle above a blue square"], data.Words())
+    assert marked.nonzero().tolist() == [[0, 5], [0, 6]]
+
+
+def test_a_map_is_what_the_places_of_a_picture_read_of_the_marked_tokens():
+    """Written out, for one cross-attention whose grid has the size of the picture, so that nothing is interpolated."""
+    torch.manual_seed(0)
+    net, seen = IUViT(img_size=4, patch_size=1, dim=32, depth=1, heads=2, text_dim=8), []
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.6)
+    cross = net.mid_block.cross
+    cross.register_forward_hook(lambda m, inputs, out: seen.append(inputs))
+    mask, marked = torch.arange(6) < torch.tensor([6, 4, 1, 1])[:, None], torch.zeros(2, data.MAX_TOKENS) > 0
+    marked[0, 2] = marked[1, 1:3] = True                                # of two pictures; the other two are guidance's
+    with torch.no_grad(), sample.attention_maps(net, marked, 4) as maps:
+        net(torch.randn(4, 3, 4, 4), torch.rand(4), torch.randn(4, 6, 8), mask)
+        for i, (x, text, mask) in enumerate(zip(*(part[:2] for part in seen[0]))):
+            q, k = cross.q(x).view(17, 2, 16), cross.kv(text)[:, :32].view(6, 2, 16)        # (tokens, heads, channels)
+            scores = torch.einsum("nhd,lhd->hnl", q, k) / 4
+            read = scores.masked_fill(~mask, -torch.inf).softmax(-1)[:, 1:, marked[i, :6]]  # without the time token
+            torch.testing.assert_close(maps[i], read.sum(-1).mean(0).view(4, 4))
+    assert min(m.max() - m.min() for m in maps) > 0.1, "these maps are flat"
+
+
+def test_a_highlight_is_half_grey_where_its_map_is_lowest_and_orange_where_it_is_highest():
+    grey, heat = np.full((1, 3, 4, 4), 100, np.uint8), torch.linspace(2, 5, 16).view(1, 4, 4)
+    left, right = np.split(sample.highlight(grey, heat)[0], 2, axis=2)
+    assert np.array_equal(left, grey[0])
+    assert right[:, 0, 0].tolist() == [50, 50, 50] and right[:, -1, -1].tolist() == [255, 140, 0]
 
 
 def test_attention_needs_cross_attention(trained, monkeypatch):
