@@ -827,6 +827,7 @@ def main():
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
 
     def explain(kind, e, trace):                                    # the last line of an unexpected error says where
+        bar.close()                                                 # what follows is below it, and stays the last
         of_compiler = kind.__module__.startswith(sample.COMPILER)
         if of_compiler and stops:                                   # Ctrl-C also ends the C compiler that it started
             print(f"stopped while compiling, at step {saved}; the same command resumes", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What all tests share: where the code is, how its commands are run, and what an absent extra means."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,21 @@ def need(present, what, how):
     if not present:
         message = f"{what} is not here: {how}"
         pytest.fail(message) if os.environ.get("REQUIRE_EXTRAS") else pytest.skip(message)
+
+
+@pytest.fixture(autouse=True)
+def leave_this_process_as_it_was():
+    """A run owns its process: it catches Ctrl-C and chooses how torch multiplies. The tests after it must not see."""
+    handlers = {s: signal.getsignal(s) for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")}
+    precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
+    reduced = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    yield
+    sys.excepthook = sys.__excepthook__
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_flash_sdp(flash)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
 
 
 @pytest.fixture(scope="session")

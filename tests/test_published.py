@@ -316,7 +316,6 @@ def tuned(sets, tmp_path, monkeypatch):
     """tuned(file, "--lr", 1) is `python train.py --init-from FILE --lr 1`, in this process, in an empty folder: one
     step of two pictures into run/, unless told otherwise. Returns the checkpoint."""
     monkeypatch.chdir(tmp_path)
-    precision = torch.get_float32_matmul_precision()
 
     def run(path, *flags):
         argv = ["--init-from", path, "--data-dir", sets, "--out", "run", "--steps", 1, "--batch", 2, "--samples", 2,
@@ -325,8 +324,7 @@ def tuned(sets, tmp_path, monkeypatch):
         train.main()
         return data.read_checkpoint("run/ckpt.pt")
 
-    yield run
-    torch.set_float32_matmul_precision(precision)
+    return run
 
 
 def logged():

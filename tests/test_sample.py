@@ -30,7 +30,6 @@ def drawn(ckpt, tmp_path, monkeypatch):
     """drawn("--cfg", 3) is `python sample.py --cfg 3` with that checkpoint, in this process, in an empty folder: six
     pictures, unless told otherwise. Returns pictures (N, S, S, 3) and classes (N,)."""
     monkeypatch.chdir(tmp_path)
-    flash = torch.backends.cuda.flash_sdp_enabled()
 
     def run(*flags):
         argv = ["--ckpt", ckpt, "--n", 6, "--device", "cpu", "--dtype", "float32", "--npz", "drawn.npz", *flags]
@@ -39,8 +38,7 @@ def drawn(ckpt, tmp_path, monkeypatch):
         with np.load("drawn.npz") as npz:
             return npz["arr_0"], npz.get("arr_1")
 
-    yield run
-    torch.backends.cuda.enable_flash_sdp(flash)                                 # bfloat16 does without
+    return run
 
 
 @pytest.fixture

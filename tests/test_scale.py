@@ -3,16 +3,16 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import data
 from conftest import ROOT, command
-from test_train import column, differences, flags_of, state
+from test_train import column, differences, flags_of, state, wait_for
 
 DIES_ONCE_AT_STEP_3 = f"""
 import os, signal, sys
@@ -59,51 +59,6 @@ def test_a_run_ends_whose_loader_fails(datasets, tmp_path, how, code, says):
     assert run.returncode == code and says in run.stderr, run.stderr
 
 
-def torchrun(*args, cwd, **popen):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, args)], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def test_torchrun_replaces_a_process_that_dies_and_the_run_goes_on_by_itself(datasets, tmp_path):
-    """The new processes must not look for the old ones, whose addresses are still in torchrun's store: without keys of
-    their own, every second time they waited for each other in vain."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(DIES_ONCE_AT_STEP_3)
-    argv = [*flags_of("uvit", datasets, "run"), "--steps", 6, "--save-every", 1, "--timeout", 20]
-    run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", "--", driver, *argv, "--fresh", cwd=tmp_path)
-    printed = run.communicate(timeout=240)[0]
-    assert run.returncode == 0 and (tmp_path / "died").exists(), printed
-    assert not (tmp_path / "run-old1").exists(), "it started over, since --fresh was still among the flags"
-    command("train.py", *argv, "--out", "whole", cwd=tmp_path, processes=2)
-    ends = [data.read_checkpoint(tmp_path / out / "ckpt.pt") for out in ("run", "whole")]
-    assert differences(*map(state, ends)) == {}
-    assert column("step", tmp_path / "run") == [1, 2, 3, 4, 5, 6]
-
-
-def test_two_nodes_have_the_loss_curve_of_two_processes_and_must_see_one_folder(datasets, tmp_path):
-    argv = [*flags_of("ascend", datasets, "nodes"), "--steps", 3]
-
-    def nodes(*more):                                   # flags of each
-        port = f"--master_port={29500 + os.getpid() % 1000}"
-        runs = [torchrun("--nnodes=2", "--nproc_per_node=1", f"--node_rank={i}", "--master_addr=127.0.0.1", port,
-                         ROOT / "train.py", *argv, *flags, cwd=tmp_path) for i, flags in enumerate(more)]
-        return [run.communicate(timeout=240)[0] for run in runs], [run.returncode for run in runs]
-
-    printed, codes = nodes([], [])
-    assert codes == [0, 0], "\n".join(printed)
-    command("train.py", *argv, "--out", "one", cwd=tmp_path)
-    assert column("loss", tmp_path / "nodes") == pytest.approx(column("loss", tmp_path / "one"), rel=1e-4)
-    printed, codes = nodes(["--steps", 4], ["--steps", 4, "--out", "elsewhere"])
-    assert 0 not in codes
-    for text in printed:
-        assert "at different steps [3, 0]: all nodes must see the same --out" in text, text
-    command("data.py", "prepare", "shapes", "--limit", 100, "--data-dir", tmp_path)
-    printed, codes = nodes(["--out", "new"], ["--out", "new", "--data-dir", tmp_path])
-    assert 0 not in codes
-    for text in printed:
-        assert "different pictures in" in text and "prepare it alike on all nodes" in text, text
-
-
 def descendants(pid):
     """A process and all that it has started, as a scheduler finds them, the first one first."""
     parents = {}
@@ -116,15 +71,78 @@ def descendants(pid):
     return found
 
 
-def test_a_job_of_which_a_scheduler_tells_every_process_to_stop_saves(datasets, tmp_path):
+def tell(process, sig):
+    """Signal a process and all that it has started, as a scheduler does, unless it has ended."""
+    for pid in descendants(process.pid) if process.poll() is None else []:
+        with contextlib.suppress(ProcessLookupError):                           # it was quick to obey
+            os.kill(pid, sig)
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun(...) starts `torchrun ...` in an empty folder. What still runs at the end of the test is killed."""
+    runs = []
+
+    def start(*args):
+        runs.append(subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, args)], cwd=tmp_path,
+                                     text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        tell(run, signal.SIGKILL)
+
+
+def test_torchrun_replaces_a_process_that_dies_and_the_run_goes_on_by_itself(torchrun, datasets, tmp_path):
+    """The new processes must not look for the old ones, whose addresses are still in torchrun's store: without keys of
+    their own, every second time they waited for each other in vain."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DIES_ONCE_AT_STEP_3)
+    argv = [*flags_of("uvit", datasets, "run"), "--steps", 6, "--save-every", 1, "--timeout", 20]
+    run = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3", "--", driver, *argv, "--fresh")
+    printed = run.communicate(timeout=240)[0]
+    assert run.returncode == 0 and (tmp_path / "died").exists(), printed
+    assert not (tmp_path / "run-old1").exists(), "it started over, since --fresh was still among the flags"
+    command("train.py", *argv, "--out", "whole", cwd=tmp_path, processes=2)
+    ends = [data.read_checkpoint(tmp_path / out / "ckpt.pt") for out in ("run", "whole")]
+    assert differences(*map(state, ends)) == {}
+    assert column("step", tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_nodes_have_the_losses_and_gradients_of_one_process_and_must_see_one_folder(torchrun, datasets, tmp_path):
+    argv = [*flags_of("ascend", datasets, "nodes"), "--steps", 3]
+
+    def nodes(*more):                                   # flags of each
+        with socket.socket() as free:
+            free.bind(("", 0))                          # to a port that the system chooses
+            port = f"--master_port={free.getsockname()[1]}"
+        runs = [torchrun("--nnodes=2", "--nproc_per_node=1", f"--node_rank={i}", "--master_addr=127.0.0.1", port,
+                         ROOT / "train.py", *argv, *flags) for i, flags in enumerate(more)]
+        return [run.communicate(timeout=240)[0] for run in runs], [run.returncode for run in runs]
+
+    printed, codes = nodes([], [])
+    assert codes == [0, 0], "\n".join(printed)
+    command("train.py", *argv, "--out", "one", cwd=tmp_path)
+    assert column("loss", tmp_path / "nodes") == pytest.approx(column("loss", tmp_path / "one"), rel=1e-4)
+    assert column("grad_norm", tmp_path / "nodes") == pytest.approx(column("grad_norm", tmp_path / "one"), rel=1e-3)
+    printed, codes = nodes(["--steps", 4], ["--steps", 4, "--out", "elsewhere"])
+    assert 0 not in codes
+    for text in printed:
+        assert "at different steps [3, 0]: all nodes must see the same --out" in text, text
+    command("data.py", "prepare", "shapes", "--limit", 100, "--data-dir", tmp_path)
+    printed, codes = nodes(["--out", "new"], ["--out", "new", "--data-dir", tmp_path])
+    assert 0 not in codes
+    for text in printed:
+        assert "different pictures in" in text and "prepare it alike on all nodes" in text, text
+
+
+def test_a_job_of_which_a_scheduler_tells_every_process_to_stop_saves(torchrun, datasets, tmp_path):
     """torchrun passes on what the processes have been told already: the second signal must not kill."""
     argv = [*flags_of("uvit", datasets, "run"), "--steps", 10**6, "--workers", 1]
-    run = torchrun("--standalone", "--nproc_per_node=2", "--", ROOT / "train.py", *argv, cwd=tmp_path)
-    while run.poll() is None and not (tmp_path / "run" / "log.csv").exists():
-        time.sleep(0.01)
-    for process in descendants(run.pid):
-        with contextlib.suppress(ProcessLookupError):                           # it was quick to obey
-            os.kill(process, signal.SIGTERM)
+    run = torchrun("--standalone", "--nproc_per_node=2", "--", ROOT / "train.py", *argv)
+    wait_for(tmp_path / "run" / "log.csv", run)
+    tell(run, signal.SIGTERM)
     printed = run.communicate(timeout=60)[0]
     assert "the same command resumes" in printed, printed
     assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == column("step", tmp_path / "run")[-1]
