@@ -82,8 +82,15 @@ def run(main):
         first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
         if first or isinstance(e, (OSError, LocalError)):
             text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a loader worker's
-            tqdm.write("error: " + " ".join(text), file=sys.stderr)     # on a line of its own, below progress bars
+            for bar in list(getattr(tqdm, "_instances", ())):           # open bars would be drawn once more, below
+                bar.close()
+            print("error: " + " ".join(text), file=sys.stderr)
         sys.exit(2)
+
+
+def first_line(e):
+    """Of an error's message, to which torch adds pages; its type if it has no message."""
+    return (str(e).strip().splitlines() or [repr(e)])[0]
 
 
 def processes():
@@ -98,8 +105,9 @@ def processes():
     return int(rank), int(world)
 
 
-def write_file(path, write):
-    """Write a binary file with write(f). It appears at path complete or not at all."""
+def write_file(path, write, sync=True):
+    """Write a binary file with write(f). It appears at path complete or not at all; without sync, unless the machine
+    goes down just then."""
     part = f"{path}.part"
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"cannot write {path}: it is not a regular file")     # /dev/null, say, must not be replaced
@@ -107,7 +115,8 @@ def write_file(path, write):
         with open(part, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                os.fsync(f.fileno())
         os.replace(part, path)
     except BaseException as e:                          # also Ctrl-C
         with contextlib.suppress(OSError):
@@ -184,7 +193,7 @@ def read_dict(path):
             warnings.simplefilter("ignore")             # about pickles that it refuses anyway
             whole = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                              # torch raises half a dozen kinds
-        code, reason = re.search(r"GLOBAL ([\w.]+)", str(e)), (str(e).splitlines() or [repr(e)])[0]
+        code, reason = re.search(r"GLOBAL ([\w.]+)", str(e)), first_line(e)
         if code:
             reason = f"it holds {code[1]}, and more than tensors and plain values could run code here"
         elif isinstance(e, pickle.UnpicklingError):     # torch's own message advises running the code
@@ -1644,9 +1653,8 @@ class T5:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
             net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16).to(self.device)
         except Exception as e:                          # a missing package can raise anything
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
             kind = LocalError if isinstance(e, RuntimeError) else UserError     # a full GPU may be this process's alone
-            raise kind(f"cannot load the T5 encoder {name} ({reason}); its tokenizer may need `{INSTALL_T5}`")
+            raise kind(f"cannot load the T5 encoder {name} ({first_line(e)}); its tokenizer may need `{INSTALL_T5}`")
         self.net, self.width = net.eval().requires_grad_(False), net.config.d_model
 
     def tokens(self, texts):

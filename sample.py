@@ -78,12 +78,17 @@ def fast_bfloat16(device):
         return "AuthenticAMD" in f.read()
 
 
+def pick_dtype(name, device):
+    """'auto' -> 'bfloat16' if the device multiplies it fast, else 'float32'."""
+    assert name in ("auto", "float32", "bfloat16"), f"dtype is 'auto', 'float32' or 'bfloat16', not {name!r}"
+    return name if name != "auto" else "bfloat16" if fast_bfloat16(device) else "float32"
+
+
 def autocast(device, dtype):
-    """The context in which networks run: bfloat16 for 'bfloat16', or for 'auto' if the device multiplies it fast; else
-    float32. Schedules, losses and samplers stay in float32. bfloat16 on a CPU also sets, for the whole process, how
-    attention is computed (and turns off flash attention, on a GPU too)."""
-    assert dtype in ("auto", "float32", "bfloat16"), f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}"
-    if dtype == "float32" or (dtype == "auto" and not fast_bfloat16(device)):
+    """The context in which networks run, for a dtype of pick_dtype. Schedules, losses and samplers stay in float32.
+    bfloat16 on a CPU also sets, for the whole process, how attention is computed (and turns off flash attention, on a
+    GPU too)."""
+    if pick_dtype(dtype, device) == "float32":
         return contextlib.nullcontext()
     if device.type == "cpu":
         # despite their names these also choose the CPU's attention: two matrix products and a softmax, all in bfloat16,
@@ -147,7 +152,7 @@ def load(path, weights="ema", device="cpu"):
         load_weights(net, state)
         diffusion.on_clock(net, config["clock"])
     except (AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
-        fail(f"{path} does not fit this code: {type(e).__name__} {str(e).splitlines()[0]}")
+        fail(f"{path} does not fit this code: {type(e).__name__} {data.first_line(e)}")
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
 
 
@@ -513,22 +518,20 @@ def file_of(out, i):
 
 
 def write_picture(path, picture):                                       # uint8 (3, S, S)
-    """Write a PNG that is complete, or not there. Not by data.write_file, which waits for the disk every time: too slow
-    for 50,000 pictures."""
-    unfinished = path.with_suffix(".part")
-    try:
-        Image.fromarray(picture.transpose(1, 2, 0)).save(unfinished, "png")
-        unfinished.replace(path)
-    except OSError as e:                                                # a full disk's says not where
-        raise OSError(f"cannot write {path}: {e}")
+    image = Image.fromarray(picture.transpose(1, 2, 0))
+    data.write_file(path, lambda f: image.save(f, "png"), sync=False)   # 50,000 waits for the disk would take minutes
 
 
-def what_decides(path, args, prompts):
-    """All that determines the pictures in a folder, as JSON: the same command may go on with them later."""
+def checksum(path):
+    """What tells a checkpoint from the next one of its run, which takes its place."""
     parts = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
-    weights = [f"{part.filename} {part.CRC}" for part in parts] or [str(path)]
+    return data.digest([f"{part.filename} {part.CRC}" for part in parts] or [str(path)])
+
+
+def what_decides(checkpoint, args, prompts):
+    """All that determines the pictures in a folder, as JSON: the same command may go on with them later."""
     names = "n batch sampler steps cfg clip classes attend seed weights device dtype compile".split()
-    asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, checkpoint=data.digest(weights))
+    asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, checkpoint=checkpoint)
     return json.dumps(asked).encode()
 
 
@@ -536,8 +539,8 @@ def check_places(args, command):
     """Make the folders of --out and --npz. Fail now, not after an hour of drawing, if they cannot be written to, or if
     the folder --out holds anything but pictures that this same command has begun: those it goes on with."""
     folder, record = args.out.suffix != ".png", args.out / ASKED
-    files = [file for file in (args.npz, not folder and args.out) if file]
-    for place in [*(file.parent for file in files), *([args.out] if folder else [])]:
+    files = ([] if folder else [args.out]) + ([args.npz] if args.npz else [])
+    for place in [file.parent for file in files] + ([args.out] if folder else []):
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -576,7 +579,7 @@ def errors_in_a_line(batch):
     except Exception as e:
         if not type(e).__module__.startswith(COMPILER):
             raise
-        raise data.LocalError(f"torch.compile failed, so leave out --compile: {str(e).splitlines()[0]}")
+        raise data.LocalError(f"torch.compile failed, so leave out --compile: {data.first_line(e)}")
 
 
 def gather(drawn, rank, world):
@@ -609,8 +612,12 @@ def main():
     if world > 1:
         # ranks exchange only finished pictures. Rank 0 may have to wait for them for as long as another one draws
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    args.device, args.dtype = device.type, pick_dtype(args.dtype, device)
     path = args.ckpt or newest_run()
+    checkpoint = checksum(path)
     net, config = load(path, args.weights, device)
+    if checksum(path) != checkpoint:
+        raise data.LocalError(f"{path} was replaced while it was read, since its run goes on: try again, or copy it")
     settle(args, config)
     model = torch.compile(net) if args.compile else net
 
@@ -634,12 +641,15 @@ def main():
 
     # where it goes
     out, folder = args.out, args.out.suffix != ".png"
-    command = what_decides(path, args, labels)
+    command = what_decides(checkpoint, args, labels)
     check_places(args, command)
     if rank == 0 and folder:
         held = hold(out, command)                                       # until this function ends
-    if world > 1:
-        dist.barrier()                                                  # all have looked, and the folder is ours
+    if world > 1:                                                       # all have looked, and the folder is ours
+        commands = [None] * world
+        dist.all_gather_object(commands, command)
+        if len(set(commands)) > 1:
+            fail("processes have different flags, or checkpoints: name one with --ckpt that no run replaces meanwhile")
 
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks.
     # Picture i has the same noise at every guidance scale
@@ -653,8 +663,9 @@ def main():
             part = slice(ids.start, ids.stop)
             how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale,
                        clip=args.clip or clip_for(scale, config))
-            looking = attention_maps(net, marked[which[part]].to(device), size) if args.attend else None
-            with looking or contextlib.nullcontext() as maps:
+            looking = (attention_maps(net, marked[which[part]].to(device), size) if args.attend
+                       else contextlib.nullcontext())
+            with looking as maps:
                 pictures = draw(model, how, wanted[part], ids, device)
             if args.attend:
                 pictures = highlight(pictures, maps)
@@ -674,8 +685,12 @@ def main():
         pictures = np.concatenate([drawn[block] for block in blocks])   # (scales * n, 3, S, S); --attend: 2 S wide
         sheet = sheet_of(pictures, args, labels)
         data.write_file(out, lambda f: sheet.save(f, "png"))
+    elif missing := [i for i in range(args.n) if not file_of(out, i).exists()]:
+        fail(f"{out} lacks {len(missing):,} pictures, like {file_of(out, missing[0]).name}: all nodes must see it")
     elif args.npz or args.score:
-        pictures = np.stack([np.asarray(Image.open(file_of(out, i))).transpose(2, 0, 1) for i in range(args.n)])
+        pictures = np.empty((args.n, 3, size, 2 * size if args.attend else size), np.uint8)
+        for i in range(args.n):                                         # one by one: a list of them takes as much again
+            pictures[i] = np.asarray(Image.open(file_of(out, i))).transpose(2, 0, 1)
     if args.npz:
         shown = {} if asked is None else dict(arr_1=asked)
         data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **shown))

@@ -28,6 +28,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from time import perf_counter as now
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ VIT64 = dict(patch_size=4, dim=256, depth=9, heads=4, text_dim=256)
 PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(PYRAMID, resample="conv")),
     "uvit-shapes":    dict(LAPTOP, model="uvit", net=VIT, steps=12_000, sample_every=3000),
-    "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=VIT, steps=8000, sample_every=2000),
+    "iuvit-shapes":   dict(LAPTOP, model="iuvit", net=VIT, steps=12_000, sample_every=3000),
     # time_shift: at 1.6, eps left a tint in backgrounds, which only high noise decides
     "ascend-shapes":  dict(LAPTOP, model="ascend", net=PYRAMID, prediction="eps", time_shift=2.2, steps=4500,
                            sample_every=1125),
@@ -419,8 +420,8 @@ def measure(config, info, tokens=data.MAX_TOKENS):
             with FlopCounterMode(display=False) as counter:
                 net(x, t, *{"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}[config.cond])
     except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
-        reason = (str(e).splitlines() or [repr(e)])[0]              # torch adds pages
-        fail(f"{config.model} with --net {json.dumps(config.net)} on {config.data}, {info['size']} pixels: {reason}")
+        fail(f"{config.model} with --net {json.dumps(config.net)} on {config.data}, {info['size']} pixels: "
+             f"{data.first_line(e)}")
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
@@ -526,8 +527,8 @@ def resume(record, net, ema, opt):
     if not ckpt:
         return new
     try:
-        net.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
+        sample.load_weights(net, ckpt["model"])
+        sample.load_weights(ema, ckpt["ema"])
         opt.load_state_dict(ckpt["opt"])
         if any(moment.shape != p.shape for p, state in opt.state.items()            # fused AdamW would not notice
                for moment in (state["exp_avg"], state["exp_avg_sq"])):
@@ -536,7 +537,7 @@ def resume(record, net, ema, opt):
     except torch.OutOfMemoryError:                                  # the checkpoint is good
         raise
     except Exception as e:                                          # torch raises half a dozen kinds
-        fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {str(e).splitlines()[0]}): "
+        fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {data.first_line(e)}): "
              "choose another --out, or --fresh to start over")
 
 
@@ -589,7 +590,7 @@ def learning_rate(config, step):
 def grid_text(pictures, features, n):
     """What a checkpoint keeps of the text, so that sampling needs neither set nor encoder: n captions from all over the
     set, for the sample grids, with their features and those of the empty caption, float16 (L, d) each."""
-    chosen = [i % features.n for i in data.spread(range(max(n, features.n)), n)]
+    chosen = [i * features.n // n for i in range(n)]
     return dict(encoder=features.encoder, null=torch.from_numpy(features.null),
                 captions=[pictures.captions[i][0] for i in chosen],
                 rows=[torch.from_numpy(features.row(i)) for i in chosen])
@@ -696,9 +697,9 @@ def main():
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     device = sample.pick_device(config.device)
-    store = join(config, device) if world > 1 else None
     if fresh and main_rank:             # at once: if a rank dies from here on, its replacement goes on with the new run
         move_aside(Path(config.out))
+    store = join(config, device) if world > 1 else None
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")                      # TF32 on CUDA for what autocast leaves in float32
     torch.backends.cudnn.benchmark = True                           # convolutions see few shapes
@@ -738,13 +739,16 @@ def main():
                             weight_decay=config.weight_decay, fused=True)
     start, seconds, skipped = resume(record, net, ema, opt)         # skipped: steps whose gradient was not finite
     if world > 1:
+        same = {key: value for key, value in record.items() if key not in ("out", "data_dir", "workers", "info")}
         found = [None] * world
-        dist.all_gather_object(found, (start, pictures.fingerprint))
-        starts, sets = zip(*found)
+        dist.all_gather_object(found, (start, pictures.fingerprint, same))
+        starts, sets, records = zip(*found)
         if len(set(starts)) > 1:
             fail(f"processes find {out} at different steps {list(starts)}: all nodes must see the same --out")
         if len(set(sets)) > 1:
             fail(f"processes find different pictures in {pictures.folder}: prepare it alike on all nodes")
+        if other := [key for key in same if any(there[key] != same[key] for there in records)]:
+            fail(f"processes have different settings ({', '.join(other)}): give all nodes the same flags")
     if main_rank and start < config.steps:
         print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
               f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
@@ -773,6 +777,7 @@ def main():
     schedule = diffusion.SCHEDULES[config.schedule]
     null = text["null"].to(device) if text else len(info["classes"])
     stops = listen_for_stops()                                      # if one comes: finish the step, save, leave
+    again = "the same command" + (" without --fresh" if "--fresh" in sys.argv else "")
     rows = range(rank, config.batch, world)                         # this process's share of every global batch
     micro = len(rows) // config.accum
     # to this loader, a sample is this process's share of batch number `step`, so it can begin at any step
@@ -788,7 +793,7 @@ def main():
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
     skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: skipped in a row
     logged = saved = start                                          # steps of the last row and the last checkpoint
-    began, since = time.time() - seconds, time.time()       # since: when the last row was logged, later by all pauses
+    began, since = now() - seconds, now()       # since: when the last row was logged, later by all pauses
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", dynamic_ncols=True,
                mininterval=1 if sys.stderr.isatty() else 60)        # a log file would grow by a line a second
 
@@ -801,7 +806,8 @@ def main():
         eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
         eps = eps.contiguous()                                      # a copy, which frees the noise of other processes
         dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
-        x0, *cond = (part.to(device, non_blocking=True) for part in next(batches))
+        pinned = device.type == "cuda"                              # elsewhere the memory might be reused too soon
+        x0, *cond = (part.to(device, non_blocking=pinned) for part in next(batches))
         x0 = x0.float().div_(127.5).sub_(1)                         # (b, 3, S, S) in [-1, 1]
         cond = data.drop(cond, null, dropped) if config.cond != "none" else []      # drop: for guidance
         if config.cond == "text":
@@ -817,7 +823,7 @@ def main():
         row = dict(step=step, loss=sum(total) / max(1, sum(count)),
                    **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
                    grad_norm=float(norm), lr=opt.param_groups[0]["lr"],
-                   images_per_s=(step - logged) * config.batch / (time.time() - since), seconds=time.time() - began,
+                   images_per_s=(step - logged) * config.batch / (now() - since), seconds=now() - began,
                    skipped=int(skipped))
         if main_rank:
             with open(out / "log.csv", "a", newline="") as f:
@@ -830,7 +836,7 @@ def main():
         bar.close()                                                 # what follows is below it, and stays the last
         of_compiler = kind.__module__.startswith(sample.COMPILER)
         if of_compiler and stops:                                   # Ctrl-C also ends the C compiler that it started
-            print(f"stopped while compiling, at step {saved}; the same command resumes", file=sys.stderr)
+            print(f"stopped while compiling, at step {saved}; {again} resumes", file=sys.stderr)
             return
         if issubclass(kind, torch.OutOfMemoryError):
             print(f"out of memory with {micro} pictures at a time: use a larger --accum (now {config.accum}), "
@@ -839,7 +845,7 @@ def main():
             sys.__excepthook__(kind, e, trace)
             if of_compiler:
                 print("torch.compile failed; --no-compile does without", file=sys.stderr)
-        print(f"rank {rank} failed at step {step}; the same command goes on from step {saved}", file=sys.stderr)
+        print(f"rank {rank} failed at step {step}; {again} goes on from step {saved}", file=sys.stderr)
 
     sys.excepthook = explain
     for step in range(start, max(start, config.steps) + 1):         # step: how many are done; the last pass adds none
@@ -850,19 +856,17 @@ def main():
         last = step >= config.steps
         if step > start and (step % config.log_every == 0 or leaving or last):
             log(step)
-            since, logged = time.time(), step
+            since, logged = now(), step
             if in_row >= BAD_STEPS:
                 good = f"{out / 'ckpt.pt'} is of step {saved}" if saved else "nothing was saved yet"
                 fail(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
-                     f"{good}. Try a smaller --lr, or --dtype float32")
-        pause = time.time()
+                     f"{good}. Go on with --dtype float32, or begin anew with a smaller --lr")
+        pause = now()
         kept = step > 0 and config.keep_every and step % config.keep_every == 0
         if step > saved and (step % config.save_every == 0 or kept or leaving or last):
             if main_rank:
-                ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step,
-                            skipped=int(skipped), seconds=time.time() - began, config=record)
-                if text:
-                    ckpt["text"] = text
+                ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), text=text, step=step,
+                            skipped=int(skipped), seconds=now() - began, config=record)
                 data.write_file(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
             saved = step
         if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
@@ -872,7 +876,7 @@ def main():
         if step > 0 and (step % config.sample_every == 0 or last) and not (drawn or leaving):
             with precision:
                 draw_grid(ema, dict(record, text=text), sheet, micro, device)
-        since += time.time() - pause
+        since += now() - pause
         if leaving or last:
             break
 
@@ -893,7 +897,8 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
         bad = (~norm.isfinite()).float()
         opt.found_inf = bad                             # as GradScaler does: fused AdamW skips the step if bad is 1
-        opt.step()
+        if device.type != "mps" or not bad:             # on Macs it may not (PyTorch's pull request 186360)
+            opt.step()
         skipped, in_row = skipped + bad, bad * (in_row + 1)
         opt.zero_grad(set_to_none=True)
         decay = min(config.ema, (1 + step) / (10 + step))                               # a shorter memory early on
@@ -903,11 +908,11 @@ def main():
 
     bar.close()
     if main_rank:
-        hint = "the same command resumes"
+        hint = f"{again} resumes"
         if last:
             ckpt = shlex.quote(str(out / "ckpt.pt"))
             hint = f"draw more with `python sample.py --ckpt {ckpt}`, or go on with a larger --steps"
-        print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(time.time() - began) / 60:.1f} minutes "
+        print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(now() - began) / 60:.1f} minutes "
               f"in all: look at {out / 'samples'}; {hint}")
     if world > 1:
         del model                                                   # first: if DDP were the last to free the group, it

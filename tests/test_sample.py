@@ -106,7 +106,7 @@ def test_a_folder_takes_no_command_that_differs_in_anything(drawn, altered, monk
     command = ["--ckpt", altered(), "--batch", 2, "--out", "pictures"]
     drawn(*command)
     for flags in ("--seed 1", "--cfg 3", "--steps 3", "--classes 1", "--sampler ddim", "--clip none", "--weights raw",
-                  "--dtype bfloat16", "--n 7", "--batch 3", "--device auto", "--compile"):
+                  "--dtype bfloat16", "--n 7", "--batch 3", "--compile"):
         with pytest.raises(data.UserError, match="not of this very command"):
             drawn(*command, *flags.split())
             pytest.fail(f"it takes {flags}")
@@ -115,6 +115,35 @@ def test_a_folder_takes_no_command_that_differs_in_anything(drawn, altered, monk
     torch.save(whole, command[1])
     with pytest.raises(data.UserError, match="not of this very command"):
         drawn(*command)
+
+
+def test_a_folder_is_of_the_device_and_precision_that_auto_stands_for(drawn, monkeypatch):
+    for chip in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(chip, "is_available", lambda: False)
+    drawn("--out", "pictures")
+    monkeypatch.setattr(sample, "fast_bfloat16", lambda device: False)
+    drawn("--out", "pictures", "--device", "auto", "--dtype", "auto")
+    monkeypatch.setattr(sample, "fast_bfloat16", lambda device: True)               # on another machine
+    with pytest.raises(data.UserError, match="not of this very command"):
+        drawn("--out", "pictures", "--device", "auto", "--dtype", "auto")
+
+
+def test_a_checkpoint_that_its_run_replaces_meanwhile_is_not_taken_for_the_new_one(drawn, altered, monkeypatch):
+    path, load = altered(), sample.load
+
+    def slow(*args):
+        return load(*args), torch.save(dict(data.read_checkpoint(path), step=10**6), path)
+
+    monkeypatch.setattr(sample, "load", lambda *args: slow(*args)[0])
+    with pytest.raises(data.LocalError, match="altered.pt was replaced while it was read"):
+        drawn("--ckpt", path)
+
+
+def test_a_folder_that_lacks_pictures_at_the_end_is_not_called_complete(drawn, monkeypatch):
+    write = sample.write_picture                        # as on a node whose disk is another
+    monkeypatch.setattr(sample, "write_picture", lambda path, picture: "3" in path.name or write(path, picture))
+    with pytest.raises(data.UserError, match="pictures lacks 1 pictures, like 000003.png"):
+        drawn("--out", "pictures")
 
 
 def test_a_picture_that_cannot_be_written_is_named(drawn, monkeypatch):

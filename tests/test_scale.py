@@ -135,6 +135,8 @@ def test_two_nodes_have_the_losses_and_gradients_of_one_process_and_must_see_one
     assert 0 not in codes
     for text in printed:
         assert "different pictures in" in text and "prepare it alike on all nodes" in text, text
+    printed, codes = nodes(["--out", "other"], ["--out", "other", "--lr", 0.5, "--log-every", 2])
+    assert 0 not in codes and all("different settings (lr, log_every)" in text for text in printed), "\n".join(printed)
 
 
 def test_a_job_of_which_a_scheduler_tells_every_process_to_stop_saves(torchrun, datasets, tmp_path):
@@ -160,6 +162,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(datasets, t
                           capture_output=True, preexec_fn=small_files, env={**os.environ, "OMP_NUM_THREADS": "1"})
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.endswith(errors[0] + "\n"), "it is not the last line"
     assert "ckpt.pt" in errors[0] and "File too large" in errors[0], errors
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.part"))
 

@@ -384,6 +384,26 @@ def test_fresh_is_kept_by_the_replacement_of_a_process_that_died_early(trained, 
     assert column("step", "run")[0] == 1 and data.read_checkpoint("run-old1/ckpt.pt")["step"] == 1
 
 
+def test_fresh_is_kept_by_the_replacement_of_a_group_that_never_met(trained, monkeypatch):
+    def failing(*args):
+        raise MemoryError
+
+    trained("--steps", 1)
+    monkeypatch.setattr(data, "processes", lambda: (0, 2))
+    monkeypatch.setattr(train, "join", failing)
+    with pytest.raises(MemoryError):
+        trained("--steps", 2, "--fresh")
+    assert data.read_checkpoint("run-old1/ckpt.pt")["step"] == 1 and not Path("run").exists()
+
+
+def test_a_stopped_fresh_run_is_not_told_to_start_over(trained, monkeypatch, capsys):
+    draw_times = diffusion.draw_times
+    for flags, says in ([], "the same command resumes"), (["--fresh"], "the same command without --fresh resumes"):
+        monkeypatch.setattr(diffusion, "draw_times", lambda *args: signal.raise_signal(signal.SIGTERM) or draw_times(*args))
+        trained("--steps", 9, *flags, out=f"run{len(flags)}")
+        assert says in capsys.readouterr().out
+
+
 def test_fresh_moves_nothing_that_is_no_run(trained):
     trained(out="runs/one")
     Path("runs/notes.txt").write_text("mine")
@@ -499,7 +519,7 @@ def test_the_folder_of_a_run_holds_what_the_readme_says(trained):
     ckpt = trained("--steps", 4, "--sample-every", 2)
     assert sorted(contents()) == [".lock", "ckpt.pt", "config.json", "log.csv", "samples/progress.png",
                                   "samples/step_0000002.png", "samples/step_0000004.png"]
-    assert sorted(ckpt) == ["config", "ema", "model", "opt", "seconds", "skipped", "step"]
+    assert sorted(ckpt) == ["config", "ema", "model", "opt", "seconds", "skipped", "step", "text"]
     assert json.loads(Path("run/config.json").read_text()) == ckpt["config"]
     sheet, progress = (Image.open(f"run/samples/{name}.png") for name in ("step_0000004", "progress"))
     assert (sheet.size, progress.size) == ((138, 36), (138, 2 * 34))            # one row of four, and two such rows
