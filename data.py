@@ -95,7 +95,8 @@ def first_line(e):
 
 def processes():
     """(rank, world): the number of this process and how many there are, as torchrun sets them; (0, 1) without it."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    world = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0" if world == "1" else "")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
         raise LocalError(f"the environment's RANK {rank!r} of WORLD_SIZE {world!r} makes no sense; torchrun sets them")
     port = os.environ.get("MASTER_PORT", "")
@@ -580,8 +581,9 @@ def direction(dx, dy, names):
 
 def judge_scene(objects, asked):
     """What is Seen, the largest first, and the match of CAPTION_FORM with a caption -> {what was asked: is it so?}."""
-    *first, place, relation, size, colour, shape = asked.groups()
-    things = [Seen(*first, 0, 0)] + ([Seen(size, colour, shape, 0, 0)] if relation else [])
+    words = asked.groups()                              # size, colour, shape; place, relation; size, colour, shape
+    place, relation = words[3:5]
+    things = [Seen(*thing, 0, 0) for thing in (words[:3], words[5:]) if thing[1]]
     seen = [*objects, NOTHING, NOTHING][:len(things)]
     # which is which: the order in which more colours and shapes are as asked
     seen = max((seen, seen[::-1]), key=lambda order: sum(
@@ -720,7 +722,7 @@ def cifar_source(src, size, limit):
 
 # ---- where pictures are: a folder, a zip, an lmdb, tar shards ------------------------------------
 
-EXTENSIONS = tuple(".jpg .jpeg .png .gif .webp .bmp .ppm .pgm .tif .tiff".split())
+EXTENSIONS = tuple(".jpg .jpeg .jfif .png .gif .webp .avif .bmp .ppm .pgm .tif .tiff".split())
 
 
 def digest(lines):
@@ -738,7 +740,7 @@ def decode(raw):
 
 class Place:
     """Has `names`, always in the same order; open(name) -> a binary file; and sha256, over the list of its files and
-    their sizes. It differs for another place, and for the same one later if its files have other sizes."""
+    their sizes: it is that of a copy elsewhere, and another once files come, go or change their size."""
 
     def title(self, name):
         """What to call a file in messages."""
@@ -760,18 +762,23 @@ class Folder(Place):
     """All files below a folder, also in linked folders. Sorted, because disks have orders of their own."""
 
     def __init__(self, src):
-        def refuse(e):
-            raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
-
         self.src, sizes = src, {}
-        for folder, subfolders, files in os.walk(src, onerror=refuse, followlinks=True):
-            if Path(folder).resolve() in [above.resolve() for above in Path(folder).parents]:   # circular links
-                subfolders.clear()
-                continue
-            subfolders[:] = [d for d in subfolders if not d.startswith((".", "__MACOSX"))]
-            for path in (Path(folder, f) for f in files if not f.startswith(".")):
-                if not path.is_fifo():                  # opening a pipe would wait for a writer
-                    sizes[path.relative_to(src).as_posix()] = path.stat().st_size if path.exists() else -1
+
+        def walk(folder, prefix, above):
+            real = os.path.realpath(folder)
+            for entry in os.scandir(folder) if real not in above else ():       # circular links
+                if entry.name.startswith((".", "__MACOSX")):
+                    continue
+                if entry.is_dir():
+                    if not os.path.exists(os.path.join(entry.path, ".lock")):   # a set or a run of ours
+                        walk(entry.path, f"{prefix}{entry.name}/", {*above, real})
+                elif entry.is_file() or entry.is_symlink():                     # opening a pipe would wait for a writer
+                    sizes[prefix + entry.name] = entry.stat().st_size if entry.is_file() else -1
+
+        try:
+            walk(src, "", {str(folder) for folder in Path(src).resolve().parents})
+        except PermissionError as e:
+            raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
         self.names = sorted(sizes)
         self.sha256 = digest(f"{name}\t{sizes[name]}" for name in self.names)
 
@@ -907,7 +914,7 @@ class Tars(Place):
         return io.BytesIO(self.read(name[0], name[2], name[3]))
 
     def captions(self, name):
-        return [decode(self.read(name[0], name[4], name[5])).strip()]
+        return caption_lines(decode(self.read(name[0], name[4], name[5])))
 
     def title(self, name):                              # a member's header is the block before it
         member = self.read(name[0], name[2] - 512, 100).split(b"\0")[0].decode(errors="replace")
@@ -1153,7 +1160,8 @@ def folder_source(src, size, limit, crop, in_place=False):
 
 def read_table(place, stem, columns=None):
     """A table of CelebA, as .txt or as Kaggle's .csv: lines of a file name and integers, perhaps below a line of column
-    names -> {file: its integers in these columns, or the last one}; {} if there is no such table."""
+    names -> {file without extension: its integers in these columns, or the last one}; {} if there is no such table.
+    (The tables say .jpg, but the faces are published as .png, too.)"""
     for table in place.find(stem + r"\.(txt|csv)"):
         lines = place.text(table).replace(",", " ").splitlines()
         try:
@@ -1163,7 +1171,8 @@ def read_table(place, stem, columns=None):
                 if unknown := [c for c in columns if c not in head]:
                     raise UserError(f"--classes: no {', '.join(unknown)} in {table}; there are {', '.join(head)}")
                 at = [head.index(c) - len(head) for c in columns]
-            return {cells[0]: [int(cells[i]) for i in at] for cells in map(str.split, lines[first:]) if cells}
+            rows = [line.split() for line in lines[first:] if line.strip()]
+            return {Path(cells[0]).stem: [int(cells[i]) for i in at] for cells in rows}
         except (StopIteration, ValueError, IndexError):
             raise UserError(f"{table} in {place.src} is not the published table of files and integers")
     return {}
@@ -1176,13 +1185,13 @@ def faces_source(src, size, limit, crop, classes, images, attributes, split=None
     names = [name for name in place.pictures() if images in name.split("/")[:-1]] or place.pictures()   # not the masks
     names.sort(key=lambda name: (len(name), name))                                  # 2.jpg before 10.jpg
     if split and (part := read_table(place, split)):
-        names = [name for name in names if part.get(os.path.basename(name)) == [0]]
+        names = [name for name in names if part.get(Path(name).stem) == [0]]
     elif split:
         print(f"warning: {src} has no {split}: taking all pictures, not only the training ones", file=sys.stderr)
     if not classes:
         return pictures_source(place, names, size, limit, crop)
     table = read_table(place, attributes, classes)
-    rows = {name: table.get(os.path.basename(name)) for name in names}
+    rows = {name: table.get(Path(name).stem) for name in names}
     if missing := [name for name in names if not rows[name]]:
         raise UserError(f"there is no {attributes}.txt in {src}, or nothing of {missing[0]} in it: no --classes then")
     combinations = [", ".join(c if i >> k & 1 else f"not {c}" for k, c in enumerate(classes))
@@ -1350,8 +1359,10 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
         raise UserError(f"--src {src} lies in {folder}, where the set goes: move the pictures away")
     meta = read_meta(folder)
     if meta:
-        asked = dict(source=src, size=size, limit=limit, crop=crop, attributes=classes)
-        other = [f"{k} {meta.get(k)}" for k, v in asked.items() if v is not None and v != meta.get(k)]
+        asked = dict(src=src, size=size, limit=limit, crop=crop, classes=classes)
+        there = dict(meta, src=meta.get("source"), classes=meta.get("attributes"))
+        other = [f"--{k} {there[k]}" if there.get(k) else f"no --{k}" for k, v in asked.items()
+                 if v is not None and v != there.get(k)]
         if other:
             raise UserError(f"{folder} is already there, with {', '.join(other)}; "
                             f"to prepare it anew: {removal(folder)}")
@@ -1433,6 +1444,10 @@ def convert(source, folder, about):
     meta = dict(about, flip=flip, size=S, n=len(labels) if index is None else len(index), classes=source.classes,
                 captions=has_captions, source=source.origin, skipped=len(skipped), **source.notes)
     write_lines("meta.json", [json.dumps(meta, indent=1)])
+    few = ", ".join(source.classes[:5]) + (", .." if len(source.classes) > 5 else "")
+    print(f"{meta['n']:,} pictures; {f'{len(source.classes)} classes: {few}' if few else 'no classes'}; "
+          + ("no captions" if not has_captions else "captions" if not captions
+             else f"captions like {json.loads(captions[0])[0][:80]!r}"))
 
 
 # ---- a prepared set ------------------------------------------------------------------------------
@@ -1707,7 +1722,10 @@ def encode_part(folder, captions, numbers, encoder):
     tokens_file, chunks_file, owner = folder / "tokens.npy", folder / "chunks.part", f"{encoder.name}\n".encode()
     with open(tokens_file, "a+b") as tokens, open(chunks_file, "a+b") as chunks:
         chunks.seek(0)
-        found, *lines = chunks.readlines() or [b""]
+        found, *lines = chunks.readlines() or [owner]
+        if found.endswith(b"\n") and found != owner:    # under another name, perhaps days of work of the same encoder
+            name = found.decode(errors="replace").strip()
+            raise LocalError(f"{folder} is half done by --encoder {name}: go on with that, or {removal(folder)}")
         try:
             done = [json.loads(line) for line in lines if line.endswith(b"\n")] if found == owner else []
             done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
@@ -1920,9 +1938,9 @@ class Batches(torch.utils.data.Dataset):
         index = np.array([permutation(self.seed, i // self.n, self.n)[i % self.n] for i in k.tolist()], np.int64)
 
         order = np.argsort(index)                       # the disk is read in one direction
-        taken, index[order] = self.pictures.take(index[order], self.n)
+        taken, numbers = self.pictures.take(index[order], self.n)
         x = np.empty_like(taken)
-        x[order] = taken
+        x[order], index[order] = taken, numbers         # numbers: others where a picture cannot be read
         if self.flip:
             mirrored = mix(self.seed, k, MIRROR) % 2 == 1
             x[mirrored] = x[mirrored, ..., ::-1]

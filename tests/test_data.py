@@ -404,6 +404,14 @@ def test_linked_folders_count_and_a_link_in_a_circle_ends(album, tmp_path):
     assert pictures.classes == ["cats", "dogs"] and pictures.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_sets_of_ours_among_the_pictures_are_no_pictures(album, tmp_path):
+    src = album("cats/1.png", "dogs/2.png")
+    for name in ("first", "second"):
+        data.prepare(name, Path(src, "sets"), src=src)
+        data.show(name, Path(src, "sets"), None)
+        assert data.open_set(name, Path(src, "sets")).classes == ["cats", "dogs"]
+
+
 @pytest.mark.parametrize("paths", [["1.png", "2.png"], ["cats/1.png", "2.png"], ["all/1.png", "all/2.png"]])
 def test_without_two_subfolders_that_hold_everything_there_are_no_classes(paths, album, tmp_path):
     pictures = prepared(album(*paths), tmp_path)
@@ -494,7 +502,9 @@ def test_prepared_shapes_are_the_drawn_ones_and_memory_mapped(datasets):
 
 def test_prepare_writes_what_it_announces_and_nothing_else(terminal):
     said = terminal("prepare", "shapes", "--limit", 30)
-    assert said == (0, f"writing 30 pictures of 32x32 to datasets/shapes: {30 * (3 * 32 * 32 + 8):,} bytes\n", "")
+    assert said == (0, f"writing 30 pictures of 32x32 to datasets/shapes: {30 * (3 * 32 * 32 + 8):,} bytes\n"
+                    "30 pictures; 24 classes: red circle, red square, red triangle, red cross, green circle, ..; "
+                    "no captions\n", "")
     assert files_in("datasets/shapes") == ["images.npy", "labels.npy", "meta.json"]
     assert json.loads(Path("datasets/shapes/meta.json").read_text()) == dict(
         name="shapes", size=32, n=30, classes=data.SHAPE_CLASSES, flip=False, limit=30, attributes=None, captions=False,
@@ -507,7 +517,7 @@ def test_prepare_does_nothing_to_a_set_that_is_there(terminal):
     says = "datasets/shapes is already prepared, with 30 pictures: nothing to do\n"
     assert terminal("prepare", "shapes") == (0, says, "")
     code, _, complaint = terminal("prepare", "shapes", "--limit", 31)
-    assert code == 2 and "is already there, with limit 30; to prepare it anew: rm -r datasets/shapes" in complaint
+    assert code == 2 and "is already there, with --limit 30; to prepare it anew: rm -r datasets/shapes" in complaint
     assert os.stat("datasets/shapes/images.npy").st_mtime_ns == written
 
 

@@ -205,6 +205,16 @@ def test_encoding_that_is_killed_at_its_end_does_no_caption_again(last, tmp_path
     assert (tmp_path / "part/tokens.npy").read_bytes() == (tmp_path / "whole/tokens.npy").read_bytes()
 
 
+def test_an_encode_that_another_name_has_begun_is_not_begun_anew(captions, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 1)
+    other = type("Other", (data.Words,), dict(name="models/words"))()
+    next(iter(data.encode_part(tmp_path, [["one"], ["two"]], range(2), other)))
+    before = (tmp_path / "tokens.npy").read_bytes()
+    with pytest.raises(data.LocalError, match="is half done by --encoder models/words: go on with that, or rm -r"):
+        next(iter(data.encode_part(tmp_path, [["one"], ["two"]], range(2), data.Words())))
+    assert (tmp_path / "tokens.npy").read_bytes() == before
+
+
 @pytest.mark.parametrize("line", [b"[[1], [2]]\n", b"[[1]]\n", b"7\n", b"\0\0\n"])
 def test_an_encode_that_a_crash_of_the_machine_has_damaged_says_so(tmp_path, monkeypatch, line):
     monkeypatch.setattr(data, "CHUNK", 1)

@@ -643,7 +643,7 @@ def test_a_process_that_hangs_ends_all_after_the_timeout_and_the_last_line_says_
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monkeypatch):
-    for name, value in dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+    for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(data.UserError, match="--batch 8 does not divide among 2 processes x 3.*: 6"):
         trained("--batch", 8, "--accum", 3)
@@ -652,6 +652,9 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monke
 
 def test_processes_that_cannot_find_each_other_are_one_message(trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(data.UserError, match="RANK '' of WORLD_SIZE '2' makes no sense"):
+        trained()                                       # each would take itself for the first
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(data.UserError, match="a WORLD_SIZE of 2 without a MASTER_ADDR.*torchrun sets them"):
         trained()
     monkeypatch.setenv("MASTER_ADDR", "localhost")
