@@ -1327,8 +1327,8 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
                         f"and {'encode' if 'encoder' in kinds else 'prepare'} again")
     wrong = [key for key in kinds if not isinstance(meta, dict) or type(meta.get(key)) is not kinds[key]]
     if wrong:                                           # the folder may be somebody's own
-        raise UserError(f"{folder}/meta.json is of something else ({', '.join(wrong)} missing, or of the wrong type): "
-                        "choose another name, or move that away")
+        raise UserError(f"{folder}/meta.json is of something else, or of an earlier version ({', '.join(wrong)} missing, "
+                        "or of the wrong type): choose another name, or move that away")
     return meta
 
 
@@ -1568,15 +1568,6 @@ class Pictures:
                     f.write(line)
         raise LocalError(f"100 pictures in a row cannot be read, number {number} and after: see {skipped}")
 
-    def parts(self, n):
-        """The first n pictures by shard, {its name: range}; {"": all of them} without shards."""
-        if not isinstance(self.place, Tars):
-            return {"": range(n)}
-        shards = self.place.shards
-        ends = np.searchsorted(self.place.names[:n, 0], range(len(shards)), "right").tolist()
-        return {shard.removesuffix(".tar"): range(start, end)
-                for shard, start, end in zip(shards, [0, *ends], ends) if start < end}
-
 
 def not_there(name, data_dir):
     where = "" if data_dir == "datasets" else f" --data-dir {shlex.quote(str(data_dir))}"
@@ -1606,25 +1597,24 @@ def open_set(name, data_dir):
 
 
 # ---- text features: what a network reads of a caption ---------------------------------------------
-# An encoder turns a caption into tokens, vectors of its `width`. They are computed once, and stored without padding:
+# An encoder turns a caption into tokens, vectors of its `width`. They are computed once, and stored without padding, in
+# parts of PART pictures:
 #
-#     DIR/NAME/text/ENCODER/tokens.npy      float16 (T, d), the tokens of all captions in a row
-#                           offsets.npy     int64 (M + 1,): caption m has the tokens offsets[m] up to offsets[m + 1]
-#                           caption_of.npy  int64 (N + 1,): picture i has the captions caption_of[i] up to [i + 1]
-#                           meta.json       written last
+#     DIR/NAME/text/ENCODER/000000/tokens.npy     float16 (T, d), the tokens of all captions in a row
+#                                  offsets.npy    int64 (M + 1,): caption m has the tokens offsets[m] up to [m + 1]
+#                                  caption_of.npy int64 (N + 1,): picture i has the captions caption_of[i] up to [i + 1]
+#                                  meta.json      written last
+#                           meta.json             about all parts, once the last is done
 #
-# The last caption belongs to no picture. It is "", the null condition of classifier-free guidance. Every caption ends
-# in an end token, so none is without tokens.
-#
-# A set of tar shards has these files for each shard, in ENCODER/SHARD/ (the folder of the tars may be read-only); and
-# ENCODER/meta.json, about all shards, once the last is done. Processes can share the work:
+# The last caption of a part belongs to no picture. It is "", the null condition of classifier-free guidance. Every
+# caption ends in an end token, so none is without tokens. Processes can share the work:
 #
 #     torchrun --nproc_per_node=8 -- data.py encode cc12m64 --encoder google/t5-v1_1-xxl
 
 MAX_TOKENS = 256                                        # the paper's context; longer captions are cut off
-CHUNK = 1000                                            # pictures; a killed encode loses at most its last chunk
-OPEN_PARTS = 16                                         # shards whose features a process keeps mapped
-FEATURES = dict(encoder=str, width=int, n=int)          # what their meta.json must hold
+PART, CHUNK = 5000, 1000                                # pictures; a killed encode loses at most the part it was at
+OPEN_PARTS = 64                                         # parts that a process keeps mapped
+FEATURES = dict(encoder=str, width=int, n=int, part=int)        # what their meta.json must hold
 INSTALL_T5 = "pip install transformers sentencepiece protobuf"
 
 
@@ -1712,142 +1702,118 @@ def same_encoder(one, other):
     return text_folder("", one) == text_folder("", other)
 
 
-def encode_part(folder, captions, numbers, encoder):
-    """Write the features of the captions (lists of str) of these pictures, a range, in chunks. After a kill it goes
-    on from the last complete chunk. Yields the pictures and the bytes done so far."""
-    folder.mkdir(parents=True, exist_ok=True)
-    npy_header(header := io.BytesIO(), "<f2", 0, encoder.width)
-    # two files grow: each chunk adds its tokens to one, and then a line of JSON to the other, below the encoder's name:
-    # how many captions each picture has, and how many tokens each caption. A line that a kill cut short has no newline
-    tokens_file, chunks_file, owner = folder / "tokens.npy", folder / "chunks.part", f"{encoder.name}\n".encode()
-    with open(tokens_file, "a+b") as tokens, open(chunks_file, "a+b") as chunks:
-        chunks.seek(0)
-        found, *lines = chunks.readlines() or [owner]
-        if found.endswith(b"\n") and found != owner:    # under another name, perhaps days of work of the same encoder
-            name = found.decode(errors="replace").strip()
-            raise LocalError(f"{folder} is half done by --encoder {name}: go on with that, or {removal(folder)}")
-        try:
-            done = [json.loads(line) for line in lines if line.endswith(b"\n")] if found == owner else []
-            done = [chunk for chunk in done if len(chunk[0]) == CHUNK][:len(numbers) // CHUNK]
-            of, sizes = ([n for chunk in done for n in chunk[i]] for i in range(2))
-            start = len(header.getvalue()) + 2 * encoder.width * sum(sizes)
-            if done and os.path.getsize(tokens_file) < start:
-                raise ValueError("tokens are missing")
-        except (ValueError, TypeError, LookupError):    # the machine went down, not the program
-            raise LocalError(f"{folder} is damaged: {removal(folder)}, and encode again")
-        tokens.truncate(start if done else 0)
-        chunks.truncate(sum(map(len, [owner, *lines[:len(done)]])) if done else 0)
-        if not done:
-            tokens.write(header.getvalue())
-            chunks.write(owner)
-        for first in range(len(of), len(numbers), CHUNK):
+def encode_part(folder, captions, numbers, encoder, tell):
+    """Write the features of the captions (lists of str) of these pictures, a range. After every CHUNK of them,
+    tell(pictures, bytes) what was done since it last told."""
+    of, sizes = [], []                                  # captions of each picture, tokens of each caption
+
+    def write_tokens(f):
+        npy_header(f, "<f2", 0, encoder.width)
+        for first in range(0, len(numbers), CHUNK):
             here = [captions[i] for i in numbers[first:first + CHUNK]]
             rows = encode(encoder, [text for texts in here for text in texts])
-            chunk = [list(map(len, here)), list(map(len, rows))]
-            of += chunk[0]
-            sizes += chunk[1]
-            tokens.writelines(row.tobytes() for row in rows)
-            tokens.flush()
-            chunks.write(json.dumps(chunk).encode() + b"\n")
-            chunks.flush()
-            yield len(of), tokens.tell() - len(header.getvalue())
+            of.extend(map(len, here))
+            sizes.extend(map(len, rows))
+            f.writelines(row.tobytes() for row in rows)
+            tell(len(here), sum(row.nbytes for row in rows))
         null = encode(encoder, [""])[0]
-        tokens.write(null.tobytes())
         sizes.append(len(null))
-    with open(tokens_file, "r+b") as f:
+        f.write(null.tobytes())
+        f.seek(0)
         npy_header(f, "<f2", sum(sizes), encoder.width)
-        os.fsync(f.fileno())
+
+    write_file(folder / "tokens.npy", write_tokens)
     for name, steps in (("offsets", sizes), ("caption_of", of)):
         ends = np.cumsum([0, *steps], dtype=np.int64)
         write_file(folder / f"{name}.npy", lambda f: np.save(f, ends))
-    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), captions=len(sizes) - 1, tokens=sum(sizes))
+    meta = dict(encoder=encoder.name, width=encoder.width, n=len(of), part=PART, captions=len(sizes) - 1,
+                tokens=sum(sizes))
     write_file(folder / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
-    chunks_file.unlink()
 
 
 def encode_set(pictures, encoder, limit=None, rank=0, world=1):
     """Write the text features of a set, or of its first `limit` pictures. Each of world processes takes every world-th
-    shard, and the last to finish marks the whole as complete. False if all was done before."""
+    part, and the last to finish marks the whole as complete. False if all was done before."""
     folder, n = Path(text_folder(pictures.folder, encoder.name)), min(limit or len(pictures), len(pictures))
 
     def complete(name, count):
         """The meta.json of a part, or of the whole for "", with so many pictures; None if that is not done yet."""
         meta = read_meta(folder / name, FEATURES)
-        if meta and (meta["n"], meta["encoder"]) != (count, encoder.name):
+        if meta and (meta["n"], meta["encoder"], meta["part"]) != (count, encoder.name, PART):
             raise UserError(f"{folder / name} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to "
                             f"encode anew: {removal(folder / name)}")
         return meta
 
     if complete("", n):
         return False
-    parts = pictures.parts(n)
-    todo = [name for i, name in enumerate(parts) if not complete(name, len(parts[name])) and i % world == rank]
+    parts = {part_name(i): range(n)[i * PART:(i + 1) * PART] for i in range(math.ceil(n / PART))}
+    todo = [name for name in list(parts)[rank::world] if not complete(name, len(parts[name]))]
     total, started, forecast = sum(len(parts[name]) for name in todo), time.time(), rank == 0
+
+    def tell(done, size):
+        nonlocal forecast
+        bar.update(done)
+        if forecast:                                    # once, after the first chunk: before the hours begin
+            forecast, left = False, total - done
+            need, hours = size * left // done * world, (time.time() - started) * left / done / 3600
+            if need > 1e9 or hours > 0.1:
+                bar.write(f"{folder}: {need:,} bytes and about {hours:.1f} hours to go")
+            check_room(folder, need, "--limit, or a narrower encoder")
+
     with tqdm(total=total, unit="picture", desc=f"captions by {encoder.name}", disable=rank > 0 or None) as bar:
         for name in todo:
             with alone(folder / name):
-                if complete(name, len(parts[name])):    # by another process, meanwhile
-                    continue
-                before = 0
-                for done, size in encode_part(folder / name, pictures.captions, parts[name], encoder):
-                    bar.update(done - before)
-                    before = done
-                    if forecast:                        # once, after the first chunk: before the hours begin
-                        forecast, left = False, total - done
-                        need = size * left // done * world
-                        hours = (time.time() - started) * left / min(done, CHUNK) / 3600
-                        if need > 1e9 or hours > 0.1:
-                            bar.write(f"{folder}: {need:,} bytes and about {hours:.1f} hours to go")
-                        check_room(folder, need, "--limit, or a narrower encoder")
-    metas = {name: complete(name, len(parts[name])) for name in parts}
-    if "" not in parts and all(metas.values()):
-        sums = {key: sum(meta[key] for meta in metas.values()) for key in ("n", "captions", "tokens")}
-        shards = {name: meta["n"] for name, meta in metas.items()}
-        whole = dict(encoder=encoder.name, width=encoder.width, **sums, shards=shards)
+                if not complete(name, len(parts[name])):            # by another process, meanwhile
+                    encode_part(folder / name, pictures.captions, parts[name], encoder, tell)
+    metas = [complete(name, len(parts[name])) for name in parts]
+    if all(metas):
+        sums = {key: sum(meta[key] for meta in metas) for key in ("n", "captions", "tokens")}
+        whole = dict(encoder=encoder.name, width=encoder.width, part=PART, **sums)
         with alone(folder):                             # two may finish at once
             write_file(folder / "meta.json", lambda f: f.write(json.dumps(whole, indent=1).encode()))
     return True
 
 
+def part_name(number):
+    return f"{number:06d}"
+
+
 class Features:
     """The text features of a set: encoder (its name), width d, n (pictures that have some) and null, float16 (L, d),
-    the empty caption. The files of shards are opened on demand, a few at a time."""
+    the empty caption. The files of parts are opened on demand, a few at a time."""
 
     def __init__(self, folder):
         self.folder, meta = folder, read_meta(folder, FEATURES)
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
-        self.encoder, self.width, self.n = (meta[key] for key in FEATURES)
-        self.parts = meta.get("shards", {"": self.n})
-        self.names, self.ends = list(self.parts), np.cumsum(list(self.parts.values()))
+        self.encoder, self.width, self.n, self.size = (meta[key] for key in FEATURES)      # size: pictures of a part
         self.part = functools.lru_cache(OPEN_PARTS)(self.open)
-        tokens, offsets, _ = self.part(self.names[0])
+        tokens, offsets, _ = self.part(0)
         self.null = np.array(tokens[offsets[-2]:])
 
     def __reduce__(self):                               # as in Pictures
         return Features, (self.folder,)
 
-    def open(self, name):
+    def open(self, number):
         """The three arrays of a part."""
-        folder = os.path.join(self.folder, name)
+        folder = os.path.join(self.folder, part_name(number))
         try:
             tokens, offsets, caption_of = (np.load(os.path.join(folder, f"{file}.npy"), mmap_mode="r")
                                            for file in ("tokens", "offsets", "caption_of"))
-            if (tokens.shape != (offsets[-1], self.width) or len(caption_of) != self.parts[name] + 1
-                    or caption_of[-1] != len(offsets) - 2):
+            if (tokens.shape != (offsets[-1], self.width) or caption_of[-1] != len(offsets) - 2
+                    or len(caption_of) != min(self.size, self.n - number * self.size) + 1):
                 raise ValueError("its files do not fit each other")
         except Exception as e:
             if not is_damage(e):
                 raise
-            whole = " " + shlex.quote(f"{self.folder}/meta.json") if name else ""
-            raise LocalError(f"{folder} is damaged ({e}): {removal(folder)}{whole}, and encode again")
+            whole = shlex.quote(f"{self.folder}/meta.json")
+            raise LocalError(f"{folder} is damaged ({e}): {removal(folder)} {whole}, and encode again")
         return tokens, offsets, caption_of
 
     def row(self, i, draw=0):
         """float16 (L, d): the tokens of one caption of picture i, the first or the one that any number `draw` picks."""
-        number = np.searchsorted(self.ends, i, "right")
-        tokens, offsets, caption_of = self.part(name := self.names[number])
-        place = i - self.ends[number] + self.parts[name]
+        number, place = divmod(i, self.size)
+        tokens, offsets, caption_of = self.part(number)
         first, end = caption_of[place:place + 2].tolist()
         caption = first + draw % (end - first)
         return np.array(tokens[offsets[caption]:offsets[caption + 1]])
@@ -2014,11 +1980,13 @@ def export(name, data_dir, out, limit):
 
 
 def encode_command(name, data_dir, encoder, limit):
-    """Under torchrun the processes share the shards of a set; the first does a set without shards alone."""
+    """Under torchrun the processes share the parts of a set; but one that is drawn here, the first does alone."""
     rank, world = processes()
     name = captioned_name(name)
-    if rank > 0 and name in NO_SOURCE:                  # the first may be drawing it
-        return
+    if name in NO_SOURCE:
+        if rank > 0:
+            return
+        world = 1
     pictures = open_or_prepare(name, data_dir)
     if pictures.captions is None:
         raise UserError(f"{name} has no captions to encode")
@@ -2030,7 +1998,7 @@ def encode_command(name, data_dir, encoder, limit):
         print(f"{folder}: {meta['captions']:,} captions of {meta['n']:,} pictures, {meta['tokens']:,} tokens, "
               f"{2 * meta['tokens'] * meta['width']:,} bytes")
     else:
-        print(f"{folder}: process {rank} of {world} has finished its shards; others have not")
+        print(f"{folder}: process {rank} of {world} has finished its parts; others have not")
 
 
 class Parser(argparse.ArgumentParser):

@@ -693,7 +693,8 @@ def test_an_error_in_a_loader_s_worker_is_one_line_too(published, tmp_path, caps
 
 @pytest.fixture
 def captioned(tmp_path, monkeypatch):
-    """captioned("set") is the set "set" of two good shards of three, encoded in chunks of two; the captions of all."""
+    """captioned("set") is the set "set" of two good shards of three, encoded in parts of three and chunks of two."""
+    monkeypatch.setattr(data, "PART", 3)
     monkeypatch.setattr(data, "CHUNK", 2)
     (tmp_path / "published").mkdir()
     src = shards(tmp_path / "published", spoil=False)
@@ -711,10 +712,10 @@ def own_captions(pictures, features, chosen):
     return all(map(np.array_equal, rows, data.encode(data.Words(), [pictures.captions[i][0] for i in chosen])))
 
 
-def test_features_of_shards_lie_apart_and_are_read_as_one(captioned):
+def test_features_of_parts_lie_apart_and_are_read_as_one(captioned):
     pictures = captioned("whole")
     assert data.encode_set(pictures, data.Words()) and not data.encode_set(pictures, data.Words())
-    parts = [f"{shard}/{file}" for shard in ("00000", "00001")
+    parts = [f"{part}/{file}" for part in ("000000", "000001")
              for file in ("caption_of.npy", "meta.json", "offsets.npy", "tokens.npy")]
     assert sorted(encoded_files(pictures)) == [*parts, "meta.json"]
     features = pickle.loads(pickle.dumps(data.Features(data.text_folder(pictures.folder, "words"))))
@@ -723,16 +724,16 @@ def test_features_of_shards_lie_apart_and_are_read_as_one(captioned):
     assert np.array_equal(features.null, data.encode(data.Words(), [""])[0])
 
 
-def test_of_a_damaged_shard_a_line_says_how_to_encode_it_alone_again(captioned):
+def test_of_a_damaged_part_a_line_says_how_to_encode_it_alone_again(captioned):
     pictures = captioned("set")
     data.encode_set(pictures, data.Words())
     folder, whole = data.text_folder(pictures.folder, "words"), encoded_files(pictures)
-    Path(folder, "00001/offsets.npy").write_bytes(whole["00000/caption_of.npy"])
-    with pytest.raises(data.UserError, match="00001 is damaged .*: rm -r .*, and encode again") as damage:
+    Path(folder, "000001/offsets.npy").write_bytes(whole["000000/caption_of.npy"])
+    with pytest.raises(data.UserError, match="000001 is damaged .*: rm -r .*, and encode again") as damage:
         data.Features(folder).row(5)
     for path in str(damage.value).split("rm -r ")[1].split(",")[0].split():
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-    assert sorted(encoded_files(pictures)) == [name for name in sorted(whole) if name.startswith("00000")]
+    assert sorted(encoded_files(pictures)) == [name for name in sorted(whole) if name.startswith("000000")]
     data.encode_set(pictures, data.Words())
     assert encoded_files(pictures) == whole
     shutil.rmtree(folder)
@@ -753,36 +754,53 @@ class Dying(data.Words):
         return super().vectors(tokens)
 
 
-def test_an_encode_killed_inside_of_a_shard_or_between_two_goes_on_to_the_same_bytes(captioned):
+def test_an_encode_killed_inside_of_a_part_or_between_two_goes_on_to_the_same_bytes(captioned):
     whole, pictures = captioned("whole"), captioned("killed")
     data.encode_set(whole, data.Words())
-    for breaths in (1, 1, 2, 1):                # a shard asks three times: for two pictures, one picture, and ""
+    for breaths in (1, 2, 3, 1):                # a part asks three times: for two pictures, one picture, and ""
         with pytest.raises(KeyboardInterrupt):
             data.encode_set(pictures, Dying(breaths))
     with pytest.raises(data.UserError, match="killed has no text features by t5; it has none"):
         data.find_encoder("killed", os.path.dirname(pictures.folder), "t5")
-    first = Path(pictures.folder, "text/words/00000/meta.json").stat().st_mtime_ns
-    assert data.encode_set(pictures, Dying(2)), "more is done again than was lost"
+    assert {name.split("/")[0] for name in encoded_files(pictures)} == {"000000"}, "half a part is left"
+    assert data.encode_set(pictures, Dying(3)), "more is done again than was lost"
     assert encoded_files(pictures) == encoded_files(whole)
-    assert Path(pictures.folder, "text/words/00000/meta.json").stat().st_mtime_ns == first
 
 
-def test_processes_share_the_shards_and_the_last_one_declares_them_complete(captioned, tmp_path):
+@pytest.mark.parametrize("last", ["tokens.npy", "offsets.npy", "caption_of.npy", "meta.json"])
+def test_an_encode_killed_before_any_of_its_files_is_written_goes_on(last, captioned, monkeypatch):
+    def killed(path, write, write_file=data.write_file):
+        if path.name == last:
+            raise KeyboardInterrupt
+        write_file(path, write)
+
+    whole, pictures = captioned("whole"), captioned("killed")
+    data.encode_set(whole, data.Words())
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(data, "write_file", killed)
+        data.encode_set(pictures, data.Words())
+    with pytest.raises(data.UserError, match="holds no complete text features"):
+        data.Features(data.text_folder(pictures.folder, "words"))
+    assert data.encode_set(pictures, data.Words()) and encoded_files(pictures) == encoded_files(whole)
+
+
+def test_processes_share_the_parts_and_the_last_one_declares_them_complete(captioned, tmp_path):
     whole, shared, started = captioned("whole"), captioned("shared"), captioned("started")
     data.encode_set(whole, data.Words())
     data.encode_set(shared, data.Words(), rank=1, world=2)
-    assert {name.split("/")[0] for name in encoded_files(shared)} == {"00001"}
+    assert {name.split("/")[0] for name in encoded_files(shared)} == {"000001"}
     data.encode_set(shared, data.Words(), rank=0, world=2)
     assert encoded_files(shared) == encoded_files(whole)
     said = command("data.py", "encode", "started", "--encoder", "words", cwd=tmp_path, processes=2)
-    assert "6 captions of 6 pictures" in said and encoded_files(started) == encoded_files(whole)
+    features = data.Features(data.text_folder(started.folder, "words"))                 # in one part of 5,000
+    assert "6 captions of 6 pictures" in said and own_captions(started, features, range(6))
 
 
-def test_a_limit_encodes_the_first_pictures_of_shards(captioned):
+def test_a_limit_encodes_the_first_pictures(captioned):
     pictures = captioned("few")
     data.encode_set(pictures, data.Words(), limit=4)
     features = data.Features(data.text_folder(pictures.folder, "words"))
-    assert features.n == 4 and features.parts == {"00000": 3, "00001": 1}
+    assert features.n == 4 and json.loads(encoded_files(pictures)["000001/meta.json"])["n"] == 1
     assert own_captions(pictures, features, [3, 2, 1, 0])
     with pytest.raises(data.UserError, match="already there, of 4 pictures by words.*rm -r"):
         data.encode_set(pictures, data.Words())
@@ -808,15 +826,17 @@ def test_hours_and_bytes_are_told_after_the_first_pictures(world, says, captione
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="only Linux lists what a process has mapped")
-def test_few_of_many_shards_are_open_at_a_time(tmp_path):
-    names = [f"{i:05d}" for i in range(3 * data.OPEN_PARTS)]
-    for i, name in enumerate(names):
-        list(data.encode_part(tmp_path / name, [[f"number {i}"]], range(1), data.Words()))
-    write(tmp_path / "meta.json", json.dumps(dict(encoder="words", width=256, n=len(names),
-                                                  shards=dict.fromkeys(names, 1))))
+def test_few_of_many_parts_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PART", 1)
+    monkeypatch.setattr(data, "OPEN_PARTS", 4)
+    n, texts = 12, [[f"number {i}"] for i in range(12)]
+    for i in range(n):
+        (tmp_path / data.part_name(i)).mkdir()
+        data.encode_part(tmp_path / data.part_name(i), texts, range(i, i + 1), data.Words(), lambda *done: None)
+    write(tmp_path / "meta.json", json.dumps(dict(encoder="words", width=256, n=n, part=1)))
     features = data.Features(str(tmp_path))
-    rows = features.rows(np.arange(len(names)), np.zeros(len(names), np.uint64))
-    assert all(map(np.array_equal, rows, data.encode(data.Words(), [f"number {i}" for i in range(len(names))])))
+    rows = features.rows(np.arange(n), np.zeros(n, np.uint64))
+    assert all(map(np.array_equal, rows, data.encode(data.Words(), [text for text, in texts])))
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert len(maps) == 3 * data.OPEN_PARTS
 
@@ -930,7 +950,7 @@ def test_a_file_that_cannot_be_read_just_now_is_not_called_damaged(captioned, mo
     with pytest.raises(PermissionError, match="index.npy"):             # which data.run prints, in one line
         data.open_set("set", os.path.dirname(pictures.folder))
     with pytest.raises(PermissionError, match="tokens.npy"):
-        text.open("00000")
+        text.open(0)
 
 
 @pytest.mark.parametrize("file, content, says", [

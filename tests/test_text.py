@@ -175,54 +175,6 @@ def test_a_picture_shows_each_of_its_captions_in_training(captions):
     assert {int(batches[step][2].sum()) for step in range(20)} == {2, 4}, "with the end of each"
 
 
-def test_encoding_that_is_killed_goes_on_to_the_same_bytes(captions, tmp_path):
-    pictures, folder = captions([[f"number {i}", "again"][:1 + i % 2] for i in range(2500)]), tmp_path / "part"
-    whole = list(data.encode_part(tmp_path / "whole", pictures.captions, range(2500), data.Words()))
-    for stop in (1, 1, 9):
-        for i, _ in enumerate(data.encode_part(folder, pictures.captions, range(2500), data.Words())):
-            if i + 1 == stop:
-                break
-    assert len(whole) == 3 and sorted(os.listdir(folder)) == sorted(os.listdir(tmp_path / "whole"))
-    for name in ("tokens.npy", "offsets.npy", "caption_of.npy"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
-
-@pytest.mark.parametrize("last", ["offsets.npy", "caption_of.npy", "meta.json"])
-def test_encoding_that_is_killed_at_its_end_does_no_caption_again(last, tmp_path, monkeypatch):
-    def part(folder):
-        return list(data.encode_part(tmp_path / folder, [["one"], ["two"]], range(2), data.Words()))
-
-    def killed(path, write, write_file=data.write_file):
-        if path.name == last:
-            raise KeyboardInterrupt
-        write_file(path, write)
-
-    monkeypatch.setattr(data, "CHUNK", 2)
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(data, "write_file", killed)
-        part("part")
-    assert part("part") == [] and len(part("whole")) == 1
-    assert (tmp_path / "part/tokens.npy").read_bytes() == (tmp_path / "whole/tokens.npy").read_bytes()
-
-
-def test_an_encode_that_another_name_has_begun_is_not_begun_anew(captions, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK", 1)
-    other = type("Other", (data.Words,), dict(name="models/words"))()
-    next(iter(data.encode_part(tmp_path, [["one"], ["two"]], range(2), other)))
-    before = (tmp_path / "tokens.npy").read_bytes()
-    with pytest.raises(data.LocalError, match="is half done by --encoder models/words: go on with that, or rm -r"):
-        next(iter(data.encode_part(tmp_path, [["one"], ["two"]], range(2), data.Words())))
-    assert (tmp_path / "tokens.npy").read_bytes() == before
-
-
-@pytest.mark.parametrize("line", [b"[[1], [2]]\n", b"[[1]]\n", b"7\n", b"\0\0\n"])
-def test_an_encode_that_a_crash_of_the_machine_has_damaged_says_so(tmp_path, monkeypatch, line):
-    monkeypatch.setattr(data, "CHUNK", 1)
-    (tmp_path / "chunks.part").write_bytes(b"words\n" + line)           # the first knows of tokens that are not there
-    with pytest.raises(data.LocalError, match="is damaged: rm -r"):
-        list(data.encode_part(tmp_path, [["one"], ["two"]], range(2), data.Words()))
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows locks no files")
 @pytest.mark.parametrize("argv, place", [(["prepare", "shapes-text", "--limit", "9"], "shapes-text"),
                                          (["encode", "mine", "--encoder", "words"], "mine/text/words")])
