@@ -806,7 +806,7 @@ def main():
         eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
         eps = eps.contiguous()                                      # a copy, which frees the noise of other processes
         dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
-        pinned = device.type == "cuda"                              # elsewhere the memory might be reused too soon
+        pinned = device.type == "cuda"          # on Macs the memory may be reused too soon (PyTorch's issue 189690)
         x0, *cond = (part.to(device, non_blocking=pinned) for part in next(batches))
         x0 = x0.float().div_(127.5).sub_(1)                         # (b, 3, S, S) in [-1, 1]
         cond = data.drop(cond, null, dropped) if config.cond != "none" else []      # drop: for guidance
