@@ -1327,8 +1327,8 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
                         f"and {'encode' if 'encoder' in kinds else 'prepare'} again")
     wrong = [key for key in kinds if not isinstance(meta, dict) or type(meta.get(key)) is not kinds[key]]
     if wrong:                                           # the folder may be somebody's own
-        raise UserError(f"{folder}/meta.json is of something else, or of an earlier version ({', '.join(wrong)} is "
-                        "missing, or of the wrong type): choose another name, or move that away")
+        raise UserError(f"{folder}/meta.json is of something else, or an earlier version: {', '.join(wrong)} missing, "
+                        "or of the wrong type; choose another name, or move that away")
     return meta
 
 
