@@ -1445,9 +1445,10 @@ def convert(source, folder, about):
                 captions=has_captions, source=source.origin, skipped=len(skipped), **source.notes)
     write_lines("meta.json", [json.dumps(meta, indent=1)])
     few = ", ".join(source.classes[:5]) + (", .." if len(source.classes) > 5 else "")
-    print(f"{meta['n']:,} pictures; {f'{len(source.classes)} classes: {few}' if few else 'no classes'}; "
-          + ("no captions" if not has_captions else "captions" if not captions
-             else f"captions like {json.loads(captions[0])[0][:80]!r}"))
+    classes = f"{len(source.classes)} classes: {few}" if few else "no classes"
+    texts = ("captions" if has_captions else "no captions") + (
+        f" like {json.loads(captions[0])[0][:80]!r}" if captions else "")
+    print(f"{meta['n']:,} pictures; {classes}; {texts}")
 
 
 # ---- a prepared set ------------------------------------------------------------------------------
@@ -1786,7 +1787,7 @@ class Features:
         self.folder, meta = folder, read_meta(folder, FEATURES)
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
-        self.encoder, self.width, self.n, self.size = (meta[key] for key in FEATURES)      # size: pictures of a part
+        self.encoder, self.width, self.n, self.part_size = (meta[key] for key in FEATURES)
         self.part = functools.lru_cache(OPEN_PARTS)(self.open)
         tokens, offsets, _ = self.part(0)
         self.null = np.array(tokens[offsets[-2]:])
@@ -1801,7 +1802,7 @@ class Features:
             tokens, offsets, caption_of = (np.load(os.path.join(folder, f"{file}.npy"), mmap_mode="r")
                                            for file in ("tokens", "offsets", "caption_of"))
             if (tokens.shape != (offsets[-1], self.width) or caption_of[-1] != len(offsets) - 2
-                    or len(caption_of) != min(self.size, self.n - number * self.size) + 1):
+                    or len(caption_of) != min(self.part_size, self.n - number * self.part_size) + 1):
                 raise ValueError("its files do not fit each other")
         except Exception as e:
             if not is_damage(e):
@@ -1812,7 +1813,7 @@ class Features:
 
     def row(self, i, draw=0):
         """float16 (L, d): the tokens of one caption of picture i, the first or the one that any number `draw` picks."""
-        number, place = divmod(i, self.size)
+        number, place = divmod(i, self.part_size)
         tokens, offsets, caption_of = self.part(number)
         first, end = caption_of[place:place + 2].tolist()
         caption = first + draw % (end - first)

@@ -213,7 +213,7 @@ class IUViT(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
-            # the norm has no scale or bias, because the linear layer has one; that has no bias, because time's has one
+            # without the norm's scale, which the linear layer's weights hold, or biases, which time's MLP holds
             self.text_pool = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))

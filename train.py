@@ -28,7 +28,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from time import perf_counter as now
+from time import perf_counter as now    # seconds since some moment, on a clock that is never set
 
 import numpy as np
 import torch

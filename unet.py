@@ -246,7 +246,7 @@ class UNet(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E))        # the norm is assumed
-            # the norm has no scale or bias, because the linear layer has one; that has no bias, because time's has one
+            # without the norm's scale, which the linear layer's weights hold, or biases, which time's MLP holds
             self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 

@@ -789,8 +789,7 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(line, says, termina
     assert complaint.startswith("error: ") and complaint.count("\n") == 1, complaint
 
 
-def test_a_mistake_in_a_real_terminal_shows_no_traceback(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")      # those of other packages are no lines of ours
+def test_a_mistake_in_a_real_terminal_shows_no_traceback(tmp_path):
     complaint = command("data.py", "prepare", "cats", "--src", "no\nwhere", cwd=tmp_path, code=2)
     assert complaint == f"error: --src {tmp_path}/no where is not a folder, nor a zip\n", "not one line"
 

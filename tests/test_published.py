@@ -23,7 +23,7 @@ import diffusion
 import sample
 import train
 from ascend import SwinLayer
-from conftest import TINY
+from conftest import TINY, command
 from unet import UNet
 from uvit import UViT
 
@@ -291,11 +291,20 @@ def test_the_noise_of_adm_in_step_i_is_ours_at_t_of_i_plus_one(schedule, limit):
 
 # ---- from a file to pictures, and on -----------------------------------------------------------------------
 
+@pytest.mark.parametrize("name", ["cifar10_uvit_small", "imagenet64_uvit_mid"])
+def test_a_published_file_is_drawn_from_by_its_name_alone(file, tmp_path, name):
+    printed = command("sample.py", "--ckpt", file(name), *"--n 2 --steps 3 --npz drawn.npz".split(), cwd=tmp_path)
+    with np.load(tmp_path / "drawn.npz") as npz:
+        size = 32 if "cifar" in name else 64
+        assert npz["arr_0"].shape == (2, size, size, 3) and npz["arr_0"].std() > 1, printed
+        assert ("arr_1" in npz) == ("imagenet" in name)
+
+
 @each_file
-def test_a_published_file_is_drawn_from_by_its_name_alone(file, tmp_path, monkeypatch, name):
+def test_pictures_of_every_format_go_through_sampling(file, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(file(name)), *"--n 1 --steps 1 --device cpu".split(),
-                                      *"--dtype float32 --npz drawn.npz".split()])
+                                      *"--dtype float32 --npz drawn.npz --clip none".split()])
     sample.main()
     with np.load("drawn.npz") as npz:
         assert npz["arr_0"].shape == (1, *[FILES[name][1]["img_size"]] * 2, 3) and npz["arr_0"].std() > 1
@@ -493,6 +502,12 @@ def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path, caps
         sample.load(tmp_path / "trap.pth")
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
     assert "this ran" not in capsys.readouterr().out and not recwarn
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(tmp_path):
+    torch.save(dict(trap=Mischief()), tmp_path / "trap.pth")
+    printed = command("sample.py", "--ckpt", "trap.pth", cwd=tmp_path, code=2)
+    assert printed.startswith("error: ") and printed.count("\n") == 1, printed
 
 
 @pytest.mark.parametrize("flags, says", [

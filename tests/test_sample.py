@@ -296,8 +296,7 @@ def test_an_unconditional_model_takes_no_classes(drawn, altered):
 
 # ---- mistakes --------------------------------------------------------------------------------------------
 
-def test_without_any_run_it_says_how_to_get_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")      # those of other packages are no lines of ours
+def test_without_any_run_it_says_how_to_get_one(tmp_path):
     printed = command("sample.py", cwd=tmp_path, code=2)
     assert printed.startswith("error: ") and printed.count("\n") == 1 and "python train.py" in printed, printed
     assert not list(tmp_path.iterdir()), "it wrote something"

@@ -589,7 +589,8 @@ def test_shards_that_are_others_by_now_are_refused(published, tmp_path):
     pictures = opened("set", src, tmp_path)
     with open(src / "00000.tar", "ab") as f:
         f.write(bytes(512))
-    with pytest.raises(data.UserError, match=f"have changed since .*: rm -r {re.escape(pictures.folder)}, and prepare"):
+    says = f"have changed since .*: rm -r {re.escape(pictures.folder)}, and prepare it again"
+    with pytest.raises(data.UserError, match=says):
         data.open_set("set", tmp_path)
     assert len(opened("first", src, tmp_path, limit=2)) == 2
     (src / "00001.tar").unlink()                                                # none of its pictures

@@ -349,7 +349,7 @@ MAY_CHANGE = """steps accum data_dir device dtype compile grad_ckpt workers time
 def test_a_run_may_go_on_with_another_value_of_these_fields_alone(tmp_path, field):
     record = dict(dataclasses.asdict(train.Config(out=str(tmp_path))), info=data.describe("shapes", ""))
     (tmp_path / "config.json").write_text(json.dumps(record))
-    refused = pytest.raises(data.UserError, match=rf"another run \({field}: .* there, 'another' asked\)")
+    refused = pytest.raises(data.UserError, match=rf"holds another run \({field}: .* there, 'another' asked\)")
     with contextlib.nullcontext() if field in MAY_CHANGE else refused:
         train.resume({**record, field: "another"}, None, None, None)
 
@@ -357,7 +357,8 @@ def test_a_run_may_go_on_with_another_value_of_these_fields_alone(tmp_path, fiel
 def test_a_set_that_was_prepared_anew_does_not_continue_a_run(trained, monkeypatch):
     trained("--steps", 1)
     monkeypatch.setattr(data, "digest", lambda lines: 64 * "0")
-    with pytest.raises(data.UserError, match="another run .pictures, by their fingerprint: '.*' there, '0+' asked"):
+    says = "holds another run .pictures, by their fingerprint: '.*' there, '0+' asked"
+    with pytest.raises(data.UserError, match=says):
         trained("--steps", 2)
 
 
@@ -952,8 +953,7 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
     run.stderr.close()
 
 
-def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")      # those of other packages are no lines of ours
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     printed = command("train.py", "--steps", "many", cwd=tmp_path, code=2)
     assert printed.startswith("error: ") and printed.count("\n") == 1 and "--steps" in printed, printed
     assert not list(tmp_path.iterdir()), "it wrote something"
