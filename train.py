@@ -558,18 +558,6 @@ def checkpoint_blocks(net):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_network(net, one_pass):
-    """torch.compile, anew for every length of the texts: with lengths left open, gradients of attention fail.
-
-    one_pass: a step is one forward and one backward pass, in one process. These are recorded as CUDA graphs, because a
-    GPU finishes the kernels of a small network before Python has launched the next ones.
-
-    No graphs: for gradients summed over --accum passes, which graphs get wrong (PyTorch's issue 169545); on AMD's GPUs,
-    where networks learnt less with graphs (187715); with DDP or --grad-ckpt, where graphs have not been tried."""
-    return torch.compile(net, mode="reduce-overhead" if one_pass and not torch.version.hip else "default",
-                         dynamic=False)
-
-
 def keep_freed_memory():
     """Make glibc keep the memory that one step frees for the next. By default, large blocks go back to the system; the
     5,000 to 34,000 page faults of getting them back made a step of the laptop presets a tenth to a quarter slower."""
@@ -769,7 +757,9 @@ def main():
     if compiled:
         if main_rank and start < config.steps:
             print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
-        model = compile_network(model, one_pass=world == 1 and config.accum == 1 and not config.grad_ckpt)
+        # no graphs for gradients summed over passes, which they get wrong (PyTorch's issue 169545), nor with DDP or
+        # --grad-ckpt, where they have not been tried
+        model = sample.compile_network(model, graphs=world == 1 and config.accum == 1 and not config.grad_ckpt)
     if world > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         model.broadcast_buffers = False                             # they are constant; DDP's argument is deprecated

@@ -74,7 +74,7 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
         train.checkpoint_blocks(net)
     model, sampler = net, ema
     if mode == "compiled":
-        model, sampler = train.compile_network(net, one_pass=True), torch.compile(ema)
+        model, sampler = (sample.compile_network(each, graphs=True) for each in (net, ema))
     schedule = diffusion.SCHEDULES[config.schedule]
     with device:
         x, t, eps = torch.randn(batch, 3, S, S), torch.rand(batch), torch.randn(batch, 3, S, S)
@@ -133,25 +133,30 @@ def print_table(presets, argv, batch, dtypes, modes, at_least):
                       f"{r['memory']:9.2f}", flush=True)
 
 
-def print_growth(dtype, batch, at_least):
-    """Images per second of a small IU-ViT and U-Net, as one thing at a time grows."""
+def print_growth(batch, dtype, mode, at_least):
+    """Images per second of an IU-ViT and a U-Net, as one thing at a time grows: on a CPU networks for laptops, on a GPU
+    those of CIFAR-10."""
+    gpu = torch.cuda.is_available()
+    vit, unet = ("iuvit-cifar10", "unet-cifar10") if gpu else ("iuvit-shapes", "unet-shapes")
+
     def line(what, preset, argv):
-        r = row(preset, argv, batch, dtype, "eager", at_least)
+        r = row(preset, argv, batch, dtype, mode, at_least)
         numbers = r if isinstance(r, str) else (f"{r['params'] / 1e6:8.2f}M{r['gflops']:9.3f} GFLOPs"
                                                 f"{r['train']:9.1f} images/s")
         print(f"{preset:14}{what:28}{numbers}", flush=True)
 
-    for dim in (96, 192, 384):
-        line(f"width {dim}", "iuvit-shapes", ["--net", json.dumps(dict(dim=dim, heads=dim // 64 or 1))])
+    for dim in (256, 512, 1024) if gpu else (96, 192, 384):
+        line(f"width {dim}", vit, ["--net", json.dumps(dict(dim=dim, heads=dim // 64 or 1))])
     for patch in (8, 4, 2):
-        line(f"patch {patch}, {(32 // patch)**2} tokens", "iuvit-shapes",
-             ["--net", json.dumps(dict(patch_size=patch, dim=192))])
-    for dim in (16, 32, 64):
-        line(f"width {dim}", "unet-shapes", ["--net", json.dumps(dict(dim=dim, head_dim=dim))])
+        line(f"patch {patch}, {(32 // patch)**2} tokens", vit,
+             ["--net", json.dumps(dict(patch_size=patch, dim=512 if gpu else 192))])
+    for dim in (64, 128, 256) if gpu else (16, 32, 64):
+        line(f"width {dim}", unet, ["--net", json.dumps(dict(dim=dim, head_dim=64 if gpu else dim))])
     for name, size in (("shapes", 32), ("shapes64", 64), ("emoji128", 128)):
-        line(f"{size} pixels", "unet-shapes", ["--data", name, "--cond", "none"])
-        patches = json.dumps(dict(patch_size=size // 8, dim=256, heads=4))
-        line(f"{size} pixels, patch {size // 8}", "iuvit-shapes", ["--data", name, "--cond", "none", "--net", patches])
+        line(f"{size} pixels", unet, ["--data", name, "--cond", "none"])
+        patch = size // 16 if gpu else size // 8                # as many patches for pictures of every size
+        changes = json.dumps(dict(patch_size=patch, dim=512 if gpu else 256, heads=8 if gpu else 4))
+        line(f"{size} pixels, patch {patch}", vit, ["--data", name, "--cond", "none", "--net", changes])
     for n in (1, 2, 4, 8)[:(torch.cuda.device_count() or os.cpu_count()).bit_length()]:
         speed = speed_of_processes(n, dtype, batch, steps=max(20, round(20 * at_least)))
         print(f"{'unet-shapes':14}{f'{n} processes of one ' + ('GPU' if torch.cuda.is_available() else 'thread'):28}"
@@ -197,7 +202,7 @@ def main():
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}")
     if args.grow:
-        print_growth(dtypes[0], args.batch or 16, args.seconds)
+        print_growth(args.batch or (128 if torch.cuda.is_available() else 16), dtypes[0], modes[0], args.seconds)
     else:
         print_table(presets, ["--net", args.net] if args.net else [], args.batch, dtypes, modes, args.seconds)
 

@@ -3,6 +3,7 @@
     python tests/miniature.py                     all missing runs, one on each core; then the tables
     python tests/miniature.py head-ffn text       some of the experiments
     python tests/miniature.py --tables            no runs, only tables and figures of those that are finished
+    python tests/miniature.py large --jobs 4      head and FFN again, at 64 pixels: needs a GPU, and runs only if named
 
 A run is a command of train.py and lies in runs/miniature/; if killed, it goes on where it was. All runs of an
 experiment spend equal numbers of floating-point operations on training (a step counts as three forwards), so a larger
@@ -33,6 +34,7 @@ import train
 # ---- what is tried -----------------------------------------------------------------------------------------
 
 TERAFLOPS = 10          # of training per run: one to eight minutes on one core
+LARGE = 5000            # the same for the experiment "large": minutes on a GPU
 FOLDER = ROOT / "runs" / "miniature"
 LONG_RUN = ROOT / "runs" / "unet-shapes" / "ckpt.pt"        # of `python train.py`, for the experiments with sampling
 
@@ -45,6 +47,7 @@ def net(**changes):
 TIMES = ["--time-shift", str(train.LAPTOP["time_shift"]), "--time-spread", str(train.LAPTOP["time_spread"])]
 ASCEND = ["--preset", "ascend-shapes", "--prediction", train.LAPTOP["prediction"], *TIMES]
 TEXT = ["--preset", "iuvit-shapes-text", *TIMES]
+PATCHES_256 = ["--preset", "iuvit-emoji64", "--data", "shapes64", "--cond", "class", "--batch", "64"]
 
 # name of a run -> flags of train.py. Experiments may share a run
 RUNS = {
@@ -72,6 +75,11 @@ RUNS = {
     "iuvit-wide":       ["--preset", "iuvit-shapes", *net(dim=192)],
     "iuvit-p8":         ["--preset", "iuvit-shapes", *net(patch_size=8, dim=192)],
     "iuvit-p8-wide":    ["--preset", "iuvit-shapes", *net(patch_size=8, dim=384, heads=6)],
+
+    "large":            PATCHES_256,
+    "large-linear":     [*PATCHES_256, *net(head="linear")],
+    "large-mlp":        [*PATCHES_256, *net(ffn="mlp")],
+    "large-linear-mlp": [*PATCHES_256, *net(head="linear", ffn="mlp")],
 }
 
 # name of an experiment -> number of seeds, {what a row is called: its run}
@@ -88,6 +96,8 @@ EXPERIMENTS = {
                        "eps, linear (the paper's)": "unet-eps-linear"}),
     "patch": (1, {"patch 4, width 96": "iuvit", "patch 4, width 192": "iuvit-wide",
                   "patch 8, width 192": "iuvit-p8", "patch 8, width 384": "iuvit-p8-wide"}),
+    "large": (1, {"rearrange first, depth-wise (the paper's)": "large", "linear first, depth-wise": "large-linear",
+                  "rearrange first, plain MLP": "large-mlp", "linear first, plain MLP": "large-linear-mlp"}),
 }
 
 # sampling from LONG_RUN: name of an experiment -> {what a row is called: flags of sample.py}
@@ -110,7 +120,7 @@ def command(run, seed):
     config, _, _ = train.parse(RUNS[run])
     info = data.describe(data.captioned_name(config.data) if config.cond == "text" else config.data, config.data_dir)
     params, flops = train.measure(config, info, tokens=16)  # as captions of shapes have, with padding
-    steps = round(TERAFLOPS * 1e12 / (3 * flops * config.batch))
+    steps = round((LARGE if run.startswith("large") else TERAFLOPS) * 1e12 / (3 * flops * config.batch))
     argv = [*RUNS[run], "--seed", seed, "--steps", steps, "--out", FOLDER / f"{run}-{seed}",
             "--samples", SHOWN, "--sampler", "dpm", "--sample-steps", 20, "--cfg", 2,
             "--sample-every", -(-steps // 4)]               # four sheets, the last at the end
@@ -118,14 +128,14 @@ def command(run, seed):
 
 
 def held_out(config, n=512):
-    """Pictures that no training has seen, float (n, 3, 32, 32), and their conditions, as a network takes them."""
-    index = range(data.SHAPE_COUNT, data.SHAPE_COUNT + n)
+    """Pictures that no training has seen, float (n, 3, S, S), and their conditions, as a network takes them."""
+    index, size = range(data.SHAPE_COUNT, data.SHAPE_COUNT + n), config["info"]["size"]
     if config["cond"] == "class":
-        pictures, labels = data.draw_shapes(np.array(index), 32)
+        pictures, labels = data.draw_shapes(np.array(index), size)
         cond = (torch.from_numpy(labels),)
     else:
         scenes = [data.draw_scene(i) for i in index]
-        pictures = np.stack([data.paint(grey, objects, 32) for grey, objects, _ in scenes])
+        pictures = np.stack([data.paint(grey, objects, size) for grey, objects, _ in scenes])
         features, mask = data.pad(data.encode(data.Words(), [caption for *_, caption in scenes]))
         cond = (features.float(), mask)
     return torch.from_numpy(pictures).float() / 127.5 - 1, cond
@@ -245,8 +255,13 @@ def figure(name):
     found = results(rows, seeds)
     if not found:
         return
+    strips = {}
+    for row in found:
+        files = [FOLDER / f"{rows[row]}-{seed}" / "samples.npz" for seed in range(seeds)]
+        pictures = np.load(next(filter(Path.exists, files)))["arr_0"][:SHOWN].transpose(0, 3, 1, 2)
+        strips[row] = data.grid(pictures, SHOWN)
     left = 16 + round(max(ImageFont.load_default().getlength(row) for row in found))
-    W, H, right = 34 * SHOWN, 38, 260
+    W, H, right = strips[row].width - 2, strips[row].height + 2, 260
     sheet = Image.new("RGB", (left + W + right, H * len(found) + 26), "white")
     draw = ImageDraw.Draw(sheet)
     # the loss at 1/4 < t < 3/4, where outlines are decided, on a logarithmic axis
@@ -255,15 +270,13 @@ def figure(name):
     low, high = np.log(every.min() * 0.9), np.log(every.max() * 1.1)
     for i, (row, values) in enumerate(losses.items()):
         y = i * H
-        draw.text((4, y + 12), row, "black")
-        files = [FOLDER / f"{rows[row]}-{seed}" / "samples.npz" for seed in range(seeds)]
-        pictures = np.load(next(filter(Path.exists, files)))["arr_0"][:SHOWN].transpose(0, 3, 1, 2)
-        strip = data.grid(pictures, SHOWN)
-        sheet.paste(strip, (left - 2, y))
-        draw.line((left + W + 10, y + 18, left + W + right - 10, y + 18), (220, 220, 220))
+        middle = y + H // 2 - 1
+        draw.text((4, middle - 6), row, "black")
+        sheet.paste(strips[row], (left - 2, y))
+        draw.line((left + W + 10, middle, left + W + right - 10, middle), (220, 220, 220))
         for value in values:
             x = left + W + 20 + (right - 40) * (np.log(value) - low) / (high - low)
-            draw.ellipse((x - 4, y + 14, x + 4, y + 22), (210, 90, 30))
+            draw.ellipse((x - 4, middle - 4, x + 4, middle + 4), (210, 90, 30))
     for value in (every.min(), every.max()):
         x = left + W + 20 + (right - 40) * (np.log(value) - low) / (high - low)
         draw.text((x - 15, H * len(found) + 2), f"{value:.3f}", "black")
@@ -321,7 +334,7 @@ def main():
         return train_and_judge(name, int(which)) if name in RUNS else draw_and_judge(name, which)
 
     # the jobs, in the order of the experiments, each in a process of its own
-    names, todo = args.names or [*EXPERIMENTS, *SAMPLING], {}
+    names, todo = args.names or [name for name in [*EXPERIMENTS, *SAMPLING] if name != "large"], {}
     for name in [] if args.tables else names:
         if name in SAMPLING:
             if not LONG_RUN.exists():
@@ -333,7 +346,8 @@ def main():
                          for seed in range(seeds) for run in rows.values()})
     todo = [job for job, file in todo.items() if not file.exists()]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name in ["shapes", "shapes-text"] if todo else []:  # before two runs do it at the same time
+    sets = ["shapes", "shapes-text"] + (["shapes64"] if "large" in names else [])
+    for name in sets if todo else []:                       # before two runs do it at the same time
         data.prepare(name, ROOT / "datasets")
     words = data.text_folder(data.set_folder("shapes-text", ROOT / "datasets"), "words")
     if todo and not Path(words, "meta.json").exists():

@@ -202,12 +202,13 @@ def test_score_says_how_many_pictures_show_what_was_asked(drawn, capsys):
     assert f"of 6 pictures, {score['both']:.1f}% show the asked shape and colour" in capsys.readouterr().out
 
 
-def test_compile_is_asked_for_and_what_is_compiled_draws(drawn, monkeypatch):
+def test_compile_is_asked_for_with_cuda_graphs_and_what_is_compiled_draws(drawn, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or (lambda *args: 0 * net(*args)))
+    monkeypatch.setattr(torch, "compile", lambda net, mode, dynamic: compiled.append((mode, dynamic)) or
+                        (lambda *args: 0 * net(*args)))
     assert drawn()[0].any() and not compiled
     pictures, _ = drawn("--compile", "--clip", "none", "--sampler", "dpm", "--steps", 1)
-    assert len(compiled) == 1 and grey_levels(pictures, drawn("--clip", "none", "--steps", 1)[0]) > 2
+    assert compiled == [("reduce-overhead", False)] and grey_levels(pictures, drawn("--clip", "none", "--steps", 1)[0]) > 2
 
 
 def test_what_cannot_be_compiled_is_one_line(drawn, monkeypatch):
@@ -217,7 +218,7 @@ def test_what_cannot_be_compiled_is_one_line(drawn, monkeypatch):
     def fail(*args):
         raise CompilerError("no C++ compiler\nand a long story")
 
-    monkeypatch.setattr(torch, "compile", lambda net: fail)
+    monkeypatch.setattr(torch, "compile", lambda net, **how: fail)
     with pytest.raises(data.UserError, match="^torch.compile failed, so leave out --compile: no C.. compiler$"):
         drawn("--compile")
 
