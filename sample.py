@@ -166,15 +166,16 @@ def load(path, weights="ema", device="cpu"):
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
 
 
-def draw(net, config, wanted, ids, device):
+def draw(net, config, wanted, ids, device, multiple=8):
     """The pictures numbered `ids`, uint8 (B, 3, S, S), each from its own noise.
 
-    config: as `load` returns it. wanted: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)]."""
+    config: as `load` returns it. wanted: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)],
+    which are padded to a multiple of so many tokens."""
     size, cond, null = config["info"]["size"], (), len(config["info"]["classes"])
     if config["cond"] == "class":
         cond = (wanted.to(device),)
     elif config["cond"] == "text":
-        features, mask = data.pad(wanted)
+        features, mask = data.pad(wanted, multiple)
         cond, null = (features.to(device).float(), mask.to(device)), config["text"]["null"]
     noise = diffusion.ImageNoise(data.image_seeds(config["seed"], ids), (3, size, size), device)
     schedule = diffusion.SCHEDULES[config["schedule"]]
@@ -225,7 +226,8 @@ def parse(argv):
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network: minutes first, for many images")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network, for many pictures: takes minutes "
+                   "first, and again at the end if --batch does not divide --n")
     args = p.parse_args(argv)
     if empty := [name for name, value in vars(args).items() if value == ""]:
         fail(f"--{empty[0]} must not be empty")
@@ -665,7 +667,7 @@ def main():
     # Picture i has the same noise at every guidance scale
     blocks = [(scale, range(args.n)[first:first + args.batch])
               for scale in args.cfg for first in range(0, args.n, args.batch)]
-    drawn = {}
+    drawn, multiple = {}, 64 if args.compile else 8                     # it is compiled anew for each length of texts
     with autocast(device, args.dtype), errors_in_a_line(args.batch):
         for scale, ids in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             if folder and all(file_of(out, i).exists() for i in ids):
@@ -676,7 +678,7 @@ def main():
             looking = (attention_maps(net, marked[which[part]].to(device), size) if args.attend
                        else contextlib.nullcontext())
             with looking as maps:
-                pictures = draw(model, how, wanted[part], ids, device)
+                pictures = draw(model, how, wanted[part], ids, device, multiple)
             if args.attend:
                 pictures = highlight(pictures, maps)
             if not folder:

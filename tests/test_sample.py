@@ -102,7 +102,7 @@ def test_the_same_command_goes_on_with_a_folder_and_draws_only_what_is_missing(d
 
 
 def test_a_folder_takes_no_command_that_differs_in_anything(drawn, altered, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda net: net)
+    monkeypatch.setattr(torch, "compile", lambda net, **how: net)
     command = ["--ckpt", altered(), "--batch", 2, "--out", "pictures"]
     drawn(*command)
     for flags in ("--seed 1", "--cfg 3", "--steps 3", "--classes 1", "--sampler ddim", "--clip none", "--weights raw",

@@ -295,18 +295,32 @@ def test_a_run_on_text_resumes_bit_for_bit_and_at_any_number_of_workers(trained)
     assert equal(whole, trained("--steps", 4, "--workers", 1, out="halves"))
 
 
-def test_what_is_compiled_sees_texts_of_few_lengths_each_fixed(trained, captions, monkeypatch):
-    long, lengths = " ".join("abcdefgh" * 8), set()                                     # 64 words, and the end
-    pictures = captions([["a red circle"]] * 30 + [[long]])
-    data.encode_set(pictures, data.Words())
+LONG = " ".join("abcdefgh" * 8)                                                         # 64 words, and the end
+
+
+@pytest.fixture
+def compiled_for(monkeypatch):
+    """The lengths of the texts that a compiled network has seen."""
+    lengths = set()
 
     def compiler(net, mode, dynamic):
         assert dynamic is False
         return lambda x, t, y, mask: lengths.add(y.shape[1]) or net(x, t, y, mask)
 
     monkeypatch.setattr(torch, "compile", compiler)
+    return lengths
+
+
+def test_what_is_compiled_for_training_sees_texts_of_few_lengths(trained, captions, compiled_for):
+    pictures = captions([["a red circle"]] * 30 + [[LONG]])
+    data.encode_set(pictures, data.Words())
     trained("--data", "mine", "--data-dir", "sets", "--compile", "--steps", 5)          # 40 of 31 pictures
-    assert lengths == {64, 128}
+    assert compiled_for == {64, 128}
+
+
+def test_what_is_compiled_for_sampling_sees_texts_of_few_lengths(drawn, compiled_for):
+    drawn("--compile", "--batch", 1, "--n", 3, "--prompt", "red", "nine words are more than eight tokens and end", LONG)
+    assert compiled_for == {64, 128}
 
 
 class OtherWords(data.Words):
@@ -468,8 +482,8 @@ def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
 
 def test_every_scale_draws_all_pictures_block_by_block(drawn, monkeypatch):
     asked, draw = [], sample.draw
-    monkeypatch.setattr(sample, "draw", lambda net, config, wanted, ids, device: (
-        asked.append((config["cfg"], list(ids))) or draw(net, config, wanted, ids, device)))
+    monkeypatch.setattr(sample, "draw", lambda net, config, wanted, ids, device, multiple: (
+        asked.append((config["cfg"], list(ids))) or draw(net, config, wanted, ids, device, multiple)))
     monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ckpt.pt --cfg 1,4 --n 3 --batch 2 --device cpu".split())
     sample.main()
     assert asked == [(1, [0, 1]), (1, [2]), (4, [0, 1]), (4, [2])]
