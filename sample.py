@@ -66,8 +66,8 @@ def pick_device(name):
 
 
 def compile_network(net, graphs):
-    """torch.compile, anew for every batch size and length of the texts: with these left open, gradients of attention
-    fail.
+    """torch.compile, anew for every batch size and every length of the texts: with lengths left open, gradients of
+    attention fail.
 
     graphs: on a GPU, record CUDA graphs, because it finishes the kernels of a small network before Python has launched
     the next ones. Then each call overwrites what the last one returned. (Never on AMD's GPUs, where networks learnt

@@ -1,6 +1,6 @@
 """The paper in miniature: its claims, put to small tests on drawn shapes. A script: hours in all, on two cores.
 
-    python tests/miniature.py                     all missing runs, one on each core; then the tables
+    python tests/miniature.py                     all missing runs but those of large, one on each core; then the tables
     python tests/miniature.py head-ffn text       some of the experiments
     python tests/miniature.py --tables            no runs, only tables and figures of those that are finished
     python tests/miniature.py large --jobs 4      head and FFN again, at 64 pixels: needs a GPU, and runs only if named
@@ -323,7 +323,7 @@ def write_tables():
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("names", nargs="*", help="of experiments: " + ", ".join([*EXPERIMENTS, *SAMPLING]))
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core (1 for a GPU)")
+    p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time: on a CPU each has one core")
     p.add_argument("--tables", action="store_true", help="only write tables and figures")
     p.add_argument("--do", nargs=2, help=argparse.SUPPRESS)
     args = p.parse_args()
