@@ -8,14 +8,16 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <-----+              decoder
 
 Time (and class, and the mean of a text) enters as scale and shift of both norms of every Swin layer, and of the second
-norm of every ResBlock. Text is also read token by token, by cross-attention after each Attn (assumed).
+norm of every ResBlock. The tokens of a text are read by cross-attention after each Attn. (All assumed, but time and
+class in a ResBlock are ADM's.)
 Compared with unet.py, Swin blocks replace the encoder's ResBlocks, convolutions change the resolution, and by default
-there is global attention at 8 pixels too. Four arguments span the paper's ablation: encoder, decoder, resample (all
-their combinations are ours), and skips (it is not known which connections the paper cut; cutting all is assumed).
+there is global attention at 8 pixels too. Four arguments span the paper's ablation and more: encoder, decoder and
+resample, in any combination (the paper tried some), and skips (it is not known which connections the paper cut; cutting
+all is assumed).
 A name that two backbone files share is the same code in both, so that each file can be read, and copied, alone.
 ResBlock, for one, is unet.py's, although nothing here resamples inside it.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
-L tokens of a text.
+L tokens of a text, N positions of a map, d channels of a head.
 Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
 """
 import math
@@ -58,7 +60,7 @@ def relative_index(w):
     return dy * (2 * w - 1) + dx
 
 
-def shift_mask(size, w, shift):
+def shift_bias(size, w, shift):
     """(number of windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of
     the map, -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
     # Along one axis, rolling by -shift brings the start of the map to its end: only the last window holds both.
@@ -102,16 +104,17 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.bias = nn.Parameter(nn.init.trunc_normal_(torch.zeros((2 * window - 1)**2, self.heads), std=0.02))
         self.register_buffer("index", relative_index(window), persistent=False)
-        self.register_buffer("mask", shift_mask(size, window, shift) if shift else None, persistent=False)
+        self.register_buffer("shift_bias", shift_bias(size, window, shift) if shift else None, persistent=False)
 
     def forward(self, x):                                               # (B, H, W, C)
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+        # a, b: row and column of a window among the windows; i, j: of a position in its window
         q, k, v = rearrange(self.qkv(x), "B (a i) (b j) (K heads d) -> K B (a b heads) (i j) d",
                             K=3, i=self.w, j=self.w, heads=self.heads)
         bias = self.bias[self.index].permute(2, 0, 1)[None]             # (1, heads, w*w, w*w)
-        bias = bias.expand(self.side**2, -1, -1, -1) if self.mask is None else bias + self.mask[:, None]
-        x = attend_biased(q, k, v, bias.flatten(0, 1).to(q.dtype))
+        bias = bias.expand(self.side**2, -1, -1, -1) if self.shift_bias is None else bias + self.shift_bias[:, None]
+        x = attend_biased(q, k, v, bias.flatten(0, 1).to(q.dtype))      # bias (windows * heads, w*w, w*w)
         x = rearrange(x, "B (a b heads) (i j) d -> B (a i) (b j) (heads d)",
                       a=self.side, b=self.side, i=self.w, heads=self.heads)
         x = self.proj(x)
@@ -210,6 +213,7 @@ class ResBlock(Timed):
         self.norm2 = GroupNorm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        # the block's shortcut: ADM's name for it, and not one of the network's skips
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, emb):                                          # x (B, C, H, W), emb (B, E)
@@ -240,14 +244,14 @@ class SpatialAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight.
-    No bias on q, k, v (assumed; as in U-ViT)."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T (after the network's
+    text_embed). Padding gets no weight. No bias on q, k, v (assumed; as in U-ViT)."""
 
-    def __init__(self, dim, heads, text_dim):
+    def __init__(self, dim, heads, text_width):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
+        self.kv = nn.Linear(text_width, 2 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
@@ -260,11 +264,11 @@ class CrossAttention(nn.Module):
 class TextAttention(nn.Module):
     """Cross-attention from all positions of a feature map to the tokens of a text."""
 
-    def __init__(self, channels, head_dim, text_dim):
+    def __init__(self, channels, head_dim, text_width):
         super().__init__()
         self.out_channels = channels
         self.norm = GroupNorm(channels)
-        self.attn = CrossAttention(channels, channels // head_dim, text_dim)
+        self.attn = CrossAttention(channels, channels // head_dim, text_width)
         zero_init(self.attn.proj)
 
     def forward(self, x, text, mask):                                   # x (B, C, H, W), text (B, L, E), mask (B, L)
@@ -431,7 +435,7 @@ class ASCEND(nn.Module):
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
     def forward(self, x, t, y=None, mask=None):
-        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
+        """x (B, channels, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, channels, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
         at padding tokens, which may hold any finite numbers; without a mask there is no padding. Every text
@@ -453,7 +457,7 @@ class ASCEND(nn.Module):
 
         h, skips = x, []                                                # (B, channels, H, W)
         for layer in self.encoder:
-            h = layer(h, emb, text)                                     # (B, C, h, w): wider and smaller by and by
+            h = layer(h, emb, text)                                     # (B, C, H / 2^level, W / 2^level), C by layer
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:

@@ -20,8 +20,8 @@ import torch
 # ---- schedules ---------------------------------------------------------------------------------------
 # A schedule has alpha(t) and sigma(t) with alpha^2 + sigma^2 = 1, from the picture at t = 0 to noise at t = 1; t is a
 # Python float or a tensor of any shape. For the samplers it also has t_max, where alpha is not yet 0;
-# lam(t) = log(alpha / sigma), half the log signal-to-noise ratio; and its inverse t_of_lam(lam). Samplers pass Python
-# floats, which are float64 everywhere, even on devices without float64 tensors.
+# lam(t) = log(alpha / sigma), half the log signal-to-noise ratio; and its inverse t_of_lam(lam), for floats only.
+# Samplers pass Python floats, which are float64 everywhere, even on devices without float64 tensors.
 
 def math_of(t):
     return torch if torch.is_tensor(t) else math        # both have exp, expm1, log, sqrt, sin and cos
@@ -155,11 +155,11 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     clip: see clip_x0 (static: assumed, as in DDPM's code); 'none' for anything but pictures in [-1, 1], such as an
     autoencoder's latents. Without clipping, eps on the cosine schedule needs em: the first step of ddim and dpm
-    multiplies an error of eps by 135 in 250 steps, by 221 in 20, by 402 in 10.
+    multiplies an error of eps by about alpha(s) / alpha(t): by 135 in 250 steps, by 221 in 20, by 402 in 10.
     cond_fn(x, t) -> grad_x log p(c | x_t), t a float of this file's clock: a classifier's or CLIP's gradient, run with
     gradients enabled.
-    cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score. (For
-    notebooks: no command here has such a classifier.)"""
+    cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score (as far as
+    the clipping after it lets it). For notebooks: no command here has such a classifier."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     guided = len(cond) > 0 and scale != 1
     assert not guided or len(cond) == len(null), "guidance needs a null condition of as many tensors as cond has"
@@ -187,7 +187,9 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
 
 # ---- time grids: `steps` times, decreasing from t_max, then 0 -------------------------------------------
 
-T_MIN = 1e-3        # U-ViT's; the last step goes from here straight to 0; sigma is 0.01 (cosine: 0.006), one grey level
+# The last step goes from here straight to 0; sigma is 0.01 (cosine: 0.006), one grey level. U-ViT's for em, assumed for
+# the others
+T_MIN = 1e-3
 
 
 def uniform_times(schedule, steps):
@@ -197,8 +199,9 @@ def uniform_times(schedule, steps):
 
 def logsnr_times(schedule, steps):
     """Evenly spaced in log-SNR, for few large steps: the exact solution is smooth in lam, not in t. The first step
-    covers all that the cosine schedule has below lam = -5.1, a third of its range: there the picture is at most 0.6% of
-    x, and hardly anything is decided. (The linear schedule begins at -5.02, so it is even throughout.)"""
+    covers all that the cosine schedule has below lam = -5.1, a third of its range, and one even step more: below -5.1
+    the picture is at most 0.6% of x, and hardly anything is decided. (The linear schedule begins at -5.02, so it is
+    even throughout.)"""
     start, end = max(schedule.lam(schedule.t_max), -5.1), schedule.lam(T_MIN)
     inner = [schedule.t_of_lam(start + (end - start) * i / (steps - 1)) for i in range(1, steps)]
     return [schedule.t_max] + inner + [0.0]
@@ -221,8 +224,10 @@ def em(denoise, x, times, schedule, noise):
     First order, so its error falls only as 1 / steps. Each step replaces a fraction beta (below) of x's variance by
     fresh noise, with the score held fixed. So beta must be small: on the linear schedule at t = 0.5 it is 0.4 with 20
     steps, and 0.01 with the paper's 1000. (Near t = 1 the cosine's is not: x, still all noise, gets a variance of up to
-    1.25, which the next steps bring back to 1.) In very few steps some of the first noise stays in the picture. Fresh
-    noise is useful: it corrects earlier mistakes of the network."""
+    1.25, which the next steps bring back to 1.) And the noise that the last but one step adds stays in the picture,
+    because the evaluation at T_MIN expects no more than sigma(T_MIN) = 0.01: on the linear schedule that noise has a
+    std of 0.18 (23 grey levels) with 20 steps, and of 0.01 with 1000. Fresh noise is useful, too: it corrects earlier
+    mistakes of the network."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2

@@ -20,7 +20,7 @@ A text may have any length. Its tokens have no learnt position embedding, but a 
       v                                                     |
     6 blocks <--- concat with the skip, linear 2D -> D <----+     last skip first
       v
-    eps (3, 32, 32) <- 3x3 conv <- (D/p^2, 32, 32) <- rearrange the tokens themselves: "rearrange first"
+    norm, rearrange the tokens themselves ("rearrange first") -> (D/p^2, 32, 32) -> 3x3 conv -> eps (3, 32, 32)
 
 Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width, L tokens of a text.
 Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
@@ -79,14 +79,14 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight.
-    No bias on q, k, v (assumed; as in U-ViT)."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T (after the network's
+    text_embed). Padding gets no weight. No bias on q, k, v (assumed; as in U-ViT)."""
 
-    def __init__(self, dim, heads, text_dim):
+    def __init__(self, dim, heads, text_width):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
+        self.kv = nn.Linear(text_width, 2 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
@@ -98,7 +98,8 @@ class CrossAttention(nn.Module):
 
 class JointAttention(SelfAttention):
     """The alternative to separate attention (GLIDE, Nichol et al., arXiv 2112.10741): keys and values of the text are
-    concatenated with those of the tokens, and all compete in one softmax."""
+    concatenated with those of the tokens, and all compete in one softmax. (GLIDE learns an embedding for padding and
+    reads it; here it is masked.)"""
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads)
@@ -143,10 +144,10 @@ class DWConvFFN(nn.Module):
 
     def forward(self, x):                                               # (B, N, D)
         x = F.gelu(self.fc1(x))                                         # (B, N, 4D)
-        # norm1 after the split, not before: the numbers are the same, and the convolution's input is contiguous
+        # norm1 after the split, not before: the numbers are the same, and the convolution's input has no gaps
         extras, patches = self.norm1(x[:, :self.extras]), self.norm1(x[:, self.extras:])
-        patches = self.dwconv(rearrange(patches, "B (h w) D -> B D h w", h=self.grid))
-        x = torch.cat([extras, rearrange(patches, "B D h w -> B (h w) D")], dim=1)
+        patches = self.dwconv(rearrange(patches, "B (h w) F -> B F h w", h=self.grid))
+        x = torch.cat([extras, rearrange(patches, "B F h w -> B (h w) F")], dim=1)          # (B, N, F), F = 4D
         return self.fc2(self.norm2(F.gelu(x)))
 
 
@@ -235,10 +236,10 @@ class IUViT(nn.Module):
 
     def init_weights(self):
         """nn.Linear          normal, std 0.02; bias 0
-        pos_embed          normal, std 0.02   (trunc_normal_, as published; its cut at 2 is a hundred std away)
+        pos_embed          normal, std 0.02   (trunc_normal_, as in U-ViT; its cut at 2 is a hundred std away)
         head               0, so the first prediction is 0 and the first loss is E|target|^2, 1 for eps (assumed);
-                           linear-first: as published, since two layers in a row that start near zero both learn slowly
-        everything else    PyTorch's defaults, as published"""
+                           linear-first: as in U-ViT, since two layers in a row that start near zero both learn slowly
+        everything else    PyTorch's defaults, as in U-ViT (assumed for what U-ViT does not have)"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -282,9 +283,9 @@ class IUViT(nn.Module):
             x = block(x, text, skips.pop())                                 # (B, N, D)
 
         x = self.norm(x)[:, self.extras:]                                   # (B, h*w, D)
-        # Linear-first lets p*p*C = 12 combinations of a token's D = 512 numbers through, and then the convolution mixes
-        # neighbours. Rearrange-first leaves all to the convolution, as D/p^2 = 128 channels; up to (p+2)^2 C = 48
-        # combinations of them count, because the pixels around a patch read it, too.
+        # On CIFAR-10, linear-first lets p*p*C = 12 combinations of a token's D = 512 numbers through before neighbours
+        # mix. Rearrange-first hands all 512 to the convolution, as D/p^2 = 128 channels of p*p pixels. The picture can
+        # depend on (p+2)^2 C = 48 combinations of them: C at every pixel of the patch and of the ring around it.
         x = self.to_pixels(x)                                               # (B, h*w, D); linear-first (B, h*w, p*p*C)
         x = rearrange(x, "B (h w) (p q c) -> B c (h p) (w q)", h=self.grid, p=self.patch_size, q=self.patch_size)
         return self.head(x)                                                 # (B, C, H, W)

@@ -169,9 +169,10 @@ def load(path, weights="ema", device="cpu"):
 def draw(net, config, wanted, ids, device, multiple=8):
     """The pictures numbered `ids`, uint8 (B, 3, S, S), each from its own noise.
 
-    config: as `load` returns it. wanted: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)],
-    which are padded to a multiple of so many tokens."""
-    size, cond, null = config["info"]["size"], (), len(config["info"]["classes"])
+    config: as `load` returns it. wanted: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)].
+    multiple: of how many tokens texts are padded to."""
+    size, cond = config["info"]["size"], ()
+    null = len(config["info"]["classes"])                               # the null class, or the empty text's features
     if config["cond"] == "class":
         cond = (wanted.to(device),)
     elif config["cond"] == "text":
@@ -635,7 +636,9 @@ def main():
 
     # what to draw: image i shows class, or prompt, i mod their number
     size, names = config["info"]["size"], config["info"]["classes"]
-    wanted, asked, kinds, labels = [], None, None, None                 # asked: arr_1 of the .npz
+    # wanted is for `draw`, asked the same for people (arr_1 of the .npz), labels what is written below the pictures;
+    # kinds: of what kind each prompt is, for the scorer
+    wanted, asked, kinds, labels = [], None, None, None
     if config["cond"] == "class":
         wanted = classes_of(args, names)
         asked = wanted.numpy()

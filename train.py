@@ -76,7 +76,7 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0          # maximum gradient norm
-    ema: float = 0.9999             # decay of the averaged weights
+    ema: float = 0.9999             # decay of the averaged weights, once it has risen to that (9,000 steps for 0.999)
     # sampling: the grids drawn in training, and the defaults of sample.py
     samples: int = 64               # pictures in a grid
     sampler: str = "dpm"            # em, ddim, dpm
@@ -104,7 +104,7 @@ CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
 # fields that may change when a run is resumed; resume refuses all others. (device changes t, noise and which conditions
-# are dropped; accum, which units drop out; dtype, compile and grad_ckpt, the last bits; steps, the cool-down.)
+# are dropped; accum, which units drop out; dtype, compile and grad_ckpt, rounding; steps, the cool-down.)
 FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad_ckpt", "workers", "timeout",
         "log_every", "sample_every", "save_every", "keep_every", "samples", "sampler", "sample_steps", "cfg", "clip"]
 
@@ -185,7 +185,7 @@ PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
 SMALL = dict(beta2=0.999, warmup=2500)                                                  # U-ViT's on CIFAR-10
 WORKERS = dict(workers=8)                                                               # to decode pictures in parallel
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
-TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # paper: only DDIM
+TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # DDIM: the paper's
 ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
 DDIM64 = pyramid(128, [1, 2, 2, 2, 4], 2, [16], resample="conv")
 DDPM256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16], resample="conv", dropout=0.0)
@@ -773,7 +773,7 @@ def main():
     # to this loader, a sample is this process's share of batch number `step`, so it can begin at any step
     multiple = 64 if compiled else 8                                # of tokens: it is compiled anew for each length
     shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, multiple)
-    data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # now, so that forked workers inherit it
+    data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # cached now, so that workers inherit it
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
         worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
@@ -788,7 +788,7 @@ def main():
                mininterval=1 if sys.stderr.isatty() else 60)        # a log file would grow by a line a second
 
     def next_batch(step):
-        """x0, t, eps, cond: this process's rows of the batch that follows on `step` steps. Times, noise and dropped
+        """x0, t, eps, cond: this process's rows of batch number `step`, counted from 0. Times, noise and dropped
         conditions follow from (seed, step), the pictures from the seed and their numbers in the run, so that a resumed
         run does the same."""
         g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
@@ -839,7 +839,7 @@ def main():
 
     sys.excepthook = explain
     for step in range(start, max(start, config.steps) + 1):         # step: how many are done; the last pass adds none
-        # what is due after this many steps: log, save, then draw, which may take minutes
+        # first what is due after the steps so far: log, save, then draw, which may take minutes
         leaving = torch.tensor([float(len(stops) > 0)])             # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
@@ -855,6 +855,7 @@ def main():
         kept = step > 0 and config.keep_every and step % config.keep_every == 0
         if step > saved and (step % config.save_every == 0 or kept or leaving or last):
             if main_rank:
+                # all that a resumed run cannot work out: the rest follows from config, seed and step
                 ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), text=text, step=step,
                             skipped=int(skipped), seconds=now() - began, config=record)
                 data.write_file(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
@@ -891,7 +892,7 @@ def main():
             opt.step()
         skipped, in_row = skipped + bad, bad * (in_row + 1)
         opt.zero_grad(set_to_none=True)
-        decay = min(config.ema, (1 + step) / (10 + step))                               # a shorter memory early on
+        decay = min(config.ema, (1 + step) / (10 + step))           # a shorter memory early on (assumed)
         with torch.no_grad():                                       # or autograd would remember every average so far
             torch._foreach_lerp_(averaged, params, 1 - decay)
         bar.update()

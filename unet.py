@@ -7,9 +7,10 @@ arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
                        |          |   |   |          |        |       |                  v
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <--+             decoder
 
-Time (and class, and the mean of a text) enters every ResBlock as a scale and a shift of its second group norm. Text is
-also read token by token, by cross-attention after each Attn (assumed).
-Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), L tokens of a text.
+Time (and class, as in ADM) enters every ResBlock as a scale and a shift of its second group norm. How text enters is
+assumed: its mean in the same way, its tokens by cross-attention after each Attn.
+Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), L tokens of a text,
+N positions of a map, d channels of a head.
 Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
 """
 import math
@@ -94,6 +95,7 @@ class ResBlock(Timed):
         self.norm2 = GroupNorm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        # the block's shortcut: ADM's name for it, and not one of the network's skips
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, emb):                                          # x (B, C, H, W), emb (B, E)
@@ -135,14 +137,14 @@ class SpatialAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from N tokens or positions of width D to the L tokens of a text, of width T. Padding gets no weight.
-    No bias on q, k, v (assumed; as in U-ViT)."""
+    """Attention from N tokens or positions of width D to the L tokens of a text, of width T (after the network's
+    text_embed). Padding gets no weight. No bias on q, k, v (assumed; as in U-ViT)."""
 
-    def __init__(self, dim, heads, text_dim):
+    def __init__(self, dim, heads, text_width):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(text_dim, 2 * dim, bias=False)
+        self.kv = nn.Linear(text_width, 2 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
@@ -155,11 +157,11 @@ class CrossAttention(nn.Module):
 class TextAttention(nn.Module):
     """Cross-attention from all positions of a feature map to the tokens of a text."""
 
-    def __init__(self, channels, head_dim, text_dim):
+    def __init__(self, channels, head_dim, text_width):
         super().__init__()
         self.out_channels = channels
         self.norm = GroupNorm(channels)
-        self.attn = CrossAttention(channels, channels // head_dim, text_dim)
+        self.attn = CrossAttention(channels, channels // head_dim, text_width)
         zero_init(self.attn.proj)
 
     def forward(self, x, text, mask):                                   # x (B, C, H, W), text (B, L, E), mask (B, L)
@@ -282,8 +284,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(C, channels, 3, padding=1))
 
     def forward(self, x, t, y=None, mask=None):
-        """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W). Images of other sizes than
-        img_size work if they halve evenly; attention stays at the same levels.
+        """x (B, channels, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, channels, H, W). Images of other
+        sizes than img_size work if they halve evenly; attention stays at the same levels.
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
         at padding tokens, which may hold any finite numbers; without a mask there is no padding. Every text
@@ -306,7 +308,7 @@ class UNet(nn.Module):
 
         h, skips = x, []                                                # (B, channels, H, W)
         for layer in self.encoder:
-            h = layer(h, emb, text)                                     # (B, C, h, w): wider and smaller by and by
+            h = layer(h, emb, text)                                     # (B, C, H / 2^level, W / 2^level), C by layer
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:

@@ -1,6 +1,6 @@
 """U-ViT, a plain Vision Transformer with a U-Net's long skips (Bao et al., arXiv 2209.12152), as published.
 It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`. sample.py reads the
-weights that U-ViT's authors published, except those for latents; their networks count time as 0.999 t.
+weights that U-ViT's authors published, except those for latents; their networks read 999 t where ours read 1000 t.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, text .., patch, ..]
@@ -10,7 +10,7 @@ weights that U-ViT's authors published, except those for latents; their networks
       v                                                     |
     6 blocks <--- concat with the skip, linear 2D -> D <----+     last skip first
       v
-    eps (3, 32, 32) <- 3x3 conv <- (3, 32, 32) <- linear D -> p*p*3, rearrange to the image: "linear first"
+    norm, linear D -> p*p*3, rearrange to the image ("linear first") -> (3, 32, 32) -> 3x3 conv -> eps (3, 32, 32)
 
 Shape letters: B batch, C channels, H W image, p patch, N tokens (extras + patches), D width, L tokens of a text.
 Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
@@ -138,8 +138,8 @@ class UViT(nn.Module):
 
     def init_weights(self):
         """nn.Linear          normal, std 0.02; bias 0
-        pos_embed          normal, std 0.02   (trunc_normal_, as published; its cut at 2 is a hundred std away)
-        everything else    PyTorch's defaults, as published"""
+        pos_embed          normal, std 0.02   (trunc_normal_, as in U-ViT; its cut at 2 is a hundred std away)
+        everything else    PyTorch's defaults, as in U-ViT"""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)

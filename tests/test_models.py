@@ -214,7 +214,7 @@ def test_branches_start_at_zero_so_that_a_new_block_returns_its_input(file):
     x, emb, text, mask = torch.randn(2, 32, 4, 4), torch.randn(2, 8), torch.randn(2, 5, 8), torch.ones(2, 5) > 0
     assert torch.equal(file.ResBlock(32, 32, emb_dim=8)(x, emb), x)
     assert torch.equal(file.SpatialAttention(32, head_dim=16)(x), x)
-    assert torch.equal(file.TextAttention(32, head_dim=16, text_dim=8)(x, text, mask), x)
+    assert torch.equal(file.TextAttention(32, head_dim=16, text_width=8)(x, text, mask), x)
 
 
 @pytest.mark.parametrize("model, choice", [("uvit", {}), ("iuvit", {}), ("iuvit", dict(head="linear", ffn="mlp"))])
@@ -468,7 +468,7 @@ def test_attention_on_cpus_is_pytorchs_with_its_gradient_in_training_and_in_samp
 
 
 def test_cross_attention_is_a_softmax_over_the_real_tokens_of_the_text():
-    attn, x, text = CrossAttention(12, 3, text_dim=8), torch.randn(2, 5, 12), torch.randn(2, 4, 8)
+    attn, x, text = CrossAttention(12, 3, text_width=8), torch.randn(2, 5, 12), torch.randn(2, 4, 8)
     mask = torch.ones(2, 4) > 0
     mask[1, 2:] = False
     for i, real in enumerate([4, 2]):
