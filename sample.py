@@ -17,7 +17,7 @@ import json
 import math
 import os
 import sys
-import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +128,6 @@ def read(path, weights="ema"):
         for key, allowed in KNOWN.items():
             if config[key] not in allowed:
                 raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
-        if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
-            raise ValueError("its sample_steps, cfg and drop are not all numbers")
         if config["cond"] == "text":
             config["text"] = {key: whole["text"][key] for key in ("encoder", "null", "captions", "rows")}
         return config, whole["ema" if weights == "ema" else "model"]
@@ -147,6 +145,12 @@ def load_weights(net, weights):
     net.load_state_dict(weights)
 
 
+def build(config, info):
+    """The network of a config (a dict) for pictures of a size, and classes, that info names; on the default device."""
+    classes = len(info["classes"]) if config["cond"] == "class" else 0
+    return MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
+
+
 def load(path, weights="ema", device="cpu"):
     """A checkpoint of train.py, or a published file of U-ViT or ADM -> (network in eval mode, its config as a dict).
 
@@ -156,9 +160,7 @@ def load(path, weights="ema", device="cpu"):
     captions and features (`rows`) of the training grid."""
     config, state = read(path, weights)
     try:
-        info = config["info"]
-        classes = len(info["classes"]) if config["cond"] == "class" else 0
-        net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
+        net = build(config, config["info"])
         load_weights(net, state)
         diffusion.on_clock(net, config["clock"])
     except (AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
@@ -535,16 +537,11 @@ def write_picture(path, picture):                                       # uint8 
     data.write_file(path, lambda f: image.save(f, "png"), sync=False)   # 50,000 waits for the disk would take minutes
 
 
-def checksum(path):
-    """What tells a checkpoint from the next one of its run, which takes its place."""
-    parts = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
-    return data.digest([f"{part.filename} {part.CRC}" for part in parts] or [str(path)])
-
-
-def what_decides(checkpoint, args, prompts):
+def what_decides(net, args, prompts):
     """All that determines the pictures in a folder, as JSON: the same command may go on with them later."""
-    names = "n batch sampler steps cfg clip classes attend seed weights device dtype compile".split()
-    asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, checkpoint=checkpoint)
+    names = "n batch sampler steps cfg clip classes attend seed device dtype compile".split()
+    weights = data.digest(f"{name} {zlib.crc32(p.cpu().numpy().tobytes())}" for name, p in net.state_dict().items())
+    asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, weights=weights)
     return json.dumps(asked).encode()
 
 
@@ -627,10 +624,7 @@ def main():
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     args.device, args.dtype = device.type, pick_dtype(args.dtype, device)
     path = args.ckpt or newest_run()
-    checkpoint = checksum(path)
     net, config = load(path, args.weights, device)
-    if checksum(path) != checkpoint:
-        raise data.LocalError(f"{path} was replaced while it was read, since its run goes on: try again, or copy it")
     settle(args, config)
     model = compile_network(net, graphs=True) if args.compile else net
 
@@ -656,7 +650,7 @@ def main():
 
     # where it goes
     out, folder = args.out, args.out.suffix != ".png"
-    command = what_decides(checkpoint, args, labels)
+    command = what_decides(net, args, labels)
     check_places(args, command)
     if rank == 0 and folder:
         held = hold(out, command)                                       # until this function ends

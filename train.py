@@ -389,12 +389,6 @@ def check(config):
 
 # ---- pieces of a run -----------------------------------------------------------------------------------
 
-def build(config, info):
-    """The network of a config for a data set of the given size and classes, on the current default device."""
-    classes = len(info["classes"]) if config.cond == "class" else 0
-    return MODELS[config.model](img_size=info["size"], num_classes=classes, **config.net)
-
-
 def kind_of(value):
     """The kind of a value in --net, to be checked: Python takes "false" for true, and finds no 16 in ["16"]."""
     if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
@@ -414,7 +408,7 @@ def measure(config, info, tokens=data.MAX_TOKENS):
             if key in usual and kind_of(value) != kind_of(usual[key].default):
                 raise TypeError(f"{key} {value!r} is no {kind_of(usual[key].default)}")
         with torch.device("meta"), torch.no_grad():
-            net, x, t = build(config, info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
+            net, x, t = sample.build(vars(config), info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
             assert all(p.numel() for p in net.parameters()), "it has a layer of no width"
             text = torch.zeros(1, tokens, config.net.get("text_dim", 1)), torch.ones(1, tokens, dtype=torch.bool)
             with FlopCounterMode(display=False) as counter:
@@ -507,7 +501,7 @@ def resume(record, net, ema, opt):
     """Load the checkpoint in the run's folder -> (steps done, seconds taken, steps skipped), zeros for a new run. A
     folder that holds another run than that of `record` is refused, and the message shows the difference."""
     out, new = Path(record["out"]), (0, 0.0, 0)
-    ckpt = data.read_checkpoint(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
+    ckpt = data.read_dict(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
     if not ckpt and not (out / "config.json").exists():
         return new
     try:
@@ -696,7 +690,7 @@ def main():
     # network. `net` is the raw module: it is what is saved and averaged
     out = Path(config.out)
     torch.manual_seed(config.seed)
-    net = diffusion.on_clock(build(config, info), config.clock)
+    net = diffusion.on_clock(sample.build(vars(config), info), config.clock)
     begins = fresh or not (out / "ckpt.pt").exists()
     # weights that do not fit are refused here, before there is a folder; resume(), below, loads a run's own
     origin = start_from(net, config, info) if config.init_from and begins else None

@@ -67,7 +67,7 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
     torch.backends.cudnn.benchmark = True
     precision = sample.autocast(device, dtype)
     S = info["size"]
-    net = train.build(config, info).to(device, memory_format=torch.channels_last)
+    net = sample.build(vars(config), info).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     if mode == "grad-ckpt":

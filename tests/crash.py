@@ -55,7 +55,7 @@ def main():
             run.wait()
             writing += Path(f"{ckpt}.part").exists()
             try:
-                step = data.read_checkpoint(ckpt)["step"] if ckpt.exists() else 0
+                step = data.read_dict(ckpt)["step"] if ckpt.exists() else 0
             except data.UserError as e:
                 broken += 1
                 print(e)
@@ -64,7 +64,7 @@ def main():
             run = start(folder, out, step + 10, args.processes)
             errors = run.communicate()[1].decode()
             assert run.returncode == 0, errors
-        ends = [data.read_checkpoint(folder / out / "ckpt.pt") for out in ("whole", "killed")]
+        ends = [data.read_dict(folder / out / "ckpt.pt") for out in ("whole", "killed")]
         same = differences(*map(state, ends)) == {}
         logs = [[row.rsplit(",", 3)[0] for row in (folder / out / "log.csv").read_text().splitlines()]
                 for out in ("whole", "killed")]                 # without the clock's columns

@@ -177,10 +177,10 @@ def train_and_judge(run, seed):
     """Train, sample, score: writes result.json into the run's folder."""
     argv, facts = command(run, seed)
     out = FOLDER / f"{run}-{seed}"
-    if not (out / "ckpt.pt").exists() or data.read_checkpoint(out / "ckpt.pt")["step"] < facts["steps"]:
+    if not (out / "ckpt.pt").exists() or data.read_dict(out / "ckpt.pt")["step"] < facts["steps"]:
         call("train.py", *argv)
     network, config = sample.load(out / "ckpt.pt")
-    facts["minutes"] = data.read_checkpoint(out / "ckpt.pt")["seconds"] / 60
+    facts["minutes"] = data.read_dict(out / "ckpt.pt")["seconds"] / 60
     facts["loss"] = losses_of(network, config)
     call("sample.py", "--ckpt", out / "ckpt.pt", "--n", SCORED, "--score", "--npz", out / "samples.npz", "--out",
          out / "samples.png")                               # --score: for text, it asks for unseen scenes

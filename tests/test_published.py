@@ -331,7 +331,7 @@ def tuned(sets, tmp_path, monkeypatch):
                 "--sample-steps", 1, "--log-every", 1, "--device", "cpu", "--dtype", "float32", *flags]
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         train.main()
-        return data.read_checkpoint("run/ckpt.pt")
+        return data.read_dict("run/ckpt.pt")
 
     return run
 
@@ -417,7 +417,7 @@ def test_our_own_checkpoint_is_a_start_with_all_its_classes(sets, tuned, monkeyp
             "--data-dir", sets, "--net", json.dumps(dict(TINY["unet"], attn_sizes=[]))]
     monkeypatch.setattr(sys, "argv", argv)
     train.main()
-    old, new = data.read_checkpoint("old/ckpt.pt"), tuned("old/ckpt.pt", "--lr", 1e-30, "--drop", 0.5)
+    old, new = data.read_dict("old/ckpt.pt"), tuned("old/ckpt.pt", "--lr", 1e-30, "--drop", 0.5)
     assert all(torch.allclose(p, old["ema"][name]) for name, p in new["ema"].items())
     for field in ("model", "net", "schedule", "prediction", "clock", "cond"):
         assert new["config"][field] == old["config"][field]

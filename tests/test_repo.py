@@ -155,7 +155,7 @@ def test_a_preset_fits_eight_processes_its_network_its_name_and_the_paper(name):
     assert cfg.batch % 8 == 0, f"a batch of {cfg.batch} does not divide among eight processes"
     assert re.fullmatch(rf"{cfg.model}-{cfg.data}(-[a-z0-9]+)*", name)
     with torch.device("meta"):
-        net = train.build(cfg, data.describe(cfg.data, cfg.data_dir))
+        net = sample.build(vars(cfg), data.describe(cfg.data, cfg.data_dir))
     parameters = sum(p.numel() for p in net.parameters())
     millions, tolerance = PAPER.get(name, (parameters / 1e6, 0))
     assert parameters == PARAMETERS[name] and parameters / 1e6 == pytest.approx(millions, rel=tolerance)

@@ -105,7 +105,7 @@ def test_torchrun_replaces_a_process_that_dies_and_the_run_goes_on_by_itself(tor
     assert run.returncode == 0 and (tmp_path / "died").exists(), printed
     assert not (tmp_path / "run-old1").exists(), "it started over, since --fresh was still among the flags"
     command("train.py", *argv, "--out", "whole", cwd=tmp_path, processes=2)
-    ends = [data.read_checkpoint(tmp_path / out / "ckpt.pt") for out in ("run", "whole")]
+    ends = [data.read_dict(tmp_path / out / "ckpt.pt") for out in ("run", "whole")]
     assert differences(*map(state, ends)) == {}
     assert column("step", tmp_path / "run") == [1, 2, 3, 4, 5, 6]
 
@@ -147,7 +147,7 @@ def test_a_job_of_which_a_scheduler_tells_every_process_to_stop_saves(torchrun, 
     tell(run, signal.SIGTERM)
     printed = run.communicate(timeout=60)[0]
     assert "the same command resumes" in printed, printed
-    assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == column("step", tmp_path / "run")[-1]
+    assert data.read_dict(tmp_path / "run" / "ckpt.pt")["step"] == column("step", tmp_path / "run")[-1]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(datasets, tmp_path):

@@ -872,7 +872,7 @@ def test_a_network_trains_on_the_captions_of_shards(captioned, tmp_path, monkeyp
     pictures = captioned("set")
     data.encode_set(pictures, data.Words(), limit=5)
     trained("set", "run", "--cond", "text")
-    text = data.read_checkpoint("run/ckpt.pt")["text"]
+    text = data.read_dict("run/ckpt.pt")["text"]
     assert text["captions"] == ["a red thing", "<PERSON> at the sea"] and len(text["rows"][0]) == 4
 
 

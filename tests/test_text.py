@@ -250,7 +250,7 @@ def train_in(folder, sets, *flags, model="iuvit", out="run"):
         m.chdir(folder)
         m.setattr(sys, "argv", ["train.py", *map(str, argv)])
         train.main()
-    return data.read_checkpoint(folder / out / "ckpt.pt")
+    return data.read_dict(folder / out / "ckpt.pt")
 
 
 @pytest.fixture
@@ -344,6 +344,9 @@ def test_an_encoder_that_comes_later_changes_no_run_and_weights_are_read_by_thei
     assert trained(*flags, "--encoder", "other", "--steps", 3, out="moved")["step"] == 3
     Path("foreign").mkdir()
     Path("foreign/config.json").write_text('{"encoder": {"layers": 2}}')                # not a run of ours
+    with pytest.raises(data.UserError, match="config of foreign is not that of a run"):
+        trained(*flags, "--encoder", "other", out="foreign")
+    torch.save(dict(model={}), "foreign/ckpt.pt")                                       # nor is this
     with pytest.raises(data.UserError, match="config of foreign is not that of a run"):
         trained(*flags, "--encoder", "other", out="foreign")
 
@@ -456,7 +459,7 @@ def test_prompts_come_from_a_file_one_a_line(drawn, tmp_path):
 
 
 def test_without_a_prompt_the_captions_are_those_of_the_training_grid(drawn):
-    assert drawn("--n", 5)[1] == [*(c := data.read_checkpoint("run/ckpt.pt")["text"]["captions"]), c[0]]
+    assert drawn("--n", 5)[1] == [*(c := data.read_dict("run/ckpt.pt")["text"]["captions"]), c[0]]
 
 
 def test_a_run_s_own_limit_holds_at_its_own_guidance(trained, drawn):

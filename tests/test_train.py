@@ -40,7 +40,7 @@ def trained(datasets, tmp_path, monkeypatch):
     def run(*flags, model="uvit", out="run", **net):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*flags_of(model, datasets, out, **net), *flags])])
         train.main()
-        return data.read_checkpoint(Path(out, "ckpt.pt"))
+        return data.read_dict(Path(out, "ckpt.pt"))
 
     return run
 
@@ -287,7 +287,7 @@ def test_a_run_of_which_all_processes_are_told_to_stop_saves_and_leaves_with_exi
     finally:
         run.kill()                                                              # if it is still there
     assert run.returncode == 0 and "the same command resumes" in printed, f"exit code {run.returncode}:\n{printed}"
-    saved = data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"]
+    saved = data.read_dict(tmp_path / "run" / "ckpt.pt")["step"]
     assert column("step", tmp_path / "run")[-1] == saved
 
 
@@ -382,7 +382,7 @@ def test_fresh_is_kept_by_the_replacement_of_a_process_that_died_early(trained, 
         trained("--steps", 2, "--fresh")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")               # torchrun gives it the same command
     trained("--steps", 2, "--fresh")
-    assert column("step", "run")[0] == 1 and data.read_checkpoint("run-old1/ckpt.pt")["step"] == 1
+    assert column("step", "run")[0] == 1 and data.read_dict("run-old1/ckpt.pt")["step"] == 1
 
 
 def test_fresh_is_kept_by_the_replacement_of_a_group_that_never_met(trained, monkeypatch):
@@ -394,7 +394,7 @@ def test_fresh_is_kept_by_the_replacement_of_a_group_that_never_met(trained, mon
     monkeypatch.setattr(train, "join", failing)
     with pytest.raises(MemoryError):
         trained("--steps", 2, "--fresh")
-    assert data.read_checkpoint("run-old1/ckpt.pt")["step"] == 1 and not Path("run").exists()
+    assert data.read_dict("run-old1/ckpt.pt")["step"] == 1 and not Path("run").exists()
 
 
 def test_a_stopped_fresh_run_is_not_told_to_start_over(trained, monkeypatch, capsys):
@@ -440,7 +440,7 @@ def test_two_trainings_in_one_folder_are_one_too_many_until_the_first_is_killed(
         wait_for(Path("locked"), holder)
         for flags in (["--steps", 3], ["--fresh"]):
             with monkeypatch.context() as m, pytest.raises(data.UserError, match="another training is writing to run"):
-                m.setattr(data, "read_checkpoint", lambda path: pytest.fail("read before the first is done"))
+                m.setattr(data, "read_dict", lambda path: pytest.fail("read before the first is done"))
                 trained(*flags)
             assert contents() == before and not Path("run-old1").exists()
     finally:
@@ -510,7 +510,7 @@ def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint_whole(trained
     monkeypatch.setattr(torch, "save", Calls(torch.save, at=2, instead=full_disk))
     with pytest.raises((OSError, data.UserError), match="no space left"):
         trained("--steps", 4, "--save-every", 2)
-    assert data.read_checkpoint("run/ckpt.pt")["step"] == 2
+    assert data.read_dict("run/ckpt.pt")["step"] == 2
     assert not list(Path("run").glob("*.part"))
 
 
@@ -597,8 +597,8 @@ KEEP_WEIGHTS_AND_SEEDS_OF_EVERY_RANK = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
-nets, build, seeds, manual_seed = [], train.build, [], torch.manual_seed
-train.build = lambda *args: nets.append(build(*args)) or nets[-1]
+nets, build, seeds, manual_seed = [], train.sample.build, [], torch.manual_seed
+train.sample.build = lambda *args: nets.append(build(*args)) or nets[-1]
 torch.manual_seed = lambda seed: seeds.append(seed) or manual_seed(seed)
 train.main()
 torch.save([nets[-1].state_dict(), seeds], "rank" + os.environ["RANK"] + ".pt")
@@ -614,7 +614,7 @@ def test_all_ranks_hold_identical_weights_although_each_drops_out_its_own(datase
     assert len({*seeds}) == len({*others}) == 1 + 3 * 2                         # that of the weights, and one a pass
     assert {*seeds} & {*others} == {0}, "two ranks drop out the same units"
     assert differences(first, second) == {}
-    assert differences(first, data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["model"]) == {}
+    assert differences(first, data.read_dict(tmp_path / "run" / "ckpt.pt")["model"]) == {}
 
 
 HANG_AT_STEP_2 = f"""
@@ -640,7 +640,7 @@ def test_a_process_that_hangs_ends_all_after_the_timeout_and_the_last_line_says_
     argv = [*flags_of("uvit", datasets, "run"), "--steps", 5, "--save-every", 1, "--timeout", 10]
     printed = command(driver, *argv, cwd=tmp_path, processes=2, code=1)
     assert "rank 0 failed at step 2; the same command goes on from step 2" in printed
-    assert data.read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 2
+    assert data.read_dict(tmp_path / "run" / "ckpt.pt")["step"] == 2
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monkeypatch):
@@ -735,11 +735,11 @@ def test_runs_under_other_conditions_lie_beside_each_other(argv, out):
 
 
 def weights(out):
-    return data.read_checkpoint(f"{out}/ckpt.pt")["model"]
+    return data.read_dict(f"{out}/ckpt.pt")["model"]
 
 
 def average(out):
-    return data.read_checkpoint(f"{out}/ckpt.pt")["ema"]
+    return data.read_dict(f"{out}/ckpt.pt")["ema"]
 
 
 def sheet(out):
@@ -819,7 +819,7 @@ def test_keep_every_leaves_checkpoints_that_can_be_drawn_from(trained):
     trained("--steps", 5, "--save-every", 100, "--keep-every", 2, out="kept")
     files = sorted(path.name for path in Path("kept").glob("ckpt*"))
     assert files == ["ckpt.pt", "ckpt_0000002.pt", "ckpt_0000004.pt"]
-    assert data.read_checkpoint("kept/ckpt_0000002.pt")["step"] == 2
+    assert data.read_dict("kept/ckpt_0000002.pt")["step"] == 2
     train.sample.load("kept/ckpt_0000002.pt")
     assert train.stem("kept/ckpt_0000002.pt") == "kept-0000002" and train.stem("kept/ckpt.pt") == "kept"
     Path("kept/ckpt_0000004.pt").unlink()
