@@ -433,191 +433,6 @@ def scene_items(count, size):
 captions_source = functools.partial(drawn_source, classes=[], items=scene_items)
 
 
-# ---- shapes: reading a picture back --------------------------------------------------------------
-# The limits were set on 1,500 held-out pictures of 32 pixels: with a blur of 1 / 45 of the side and
-# noise of 8 grey levels, the worst overlap is 0.87; a diamond's best is 0.85, a Gaussian spot's 0.78.
-
-FAINT = 40                # grey levels; a picture of less contrast is empty
-OFF_PALETTE = 70          # grey levels; what is further from every colour is none of them
-POOR_FIT = 0.86           # overlap; if even the best shape has less, it is none of them
-AREA = (math.pi / 4, 1, 1 / 2, 5 / 9)                   # of each shape, in a box of side 1
-
-
-def harden(alpha):
-    """Count pixels that are nearly in as in, and nearly out as out. This forgives noise and blur."""
-    return np.clip(1.5 * (alpha - 0.5) + 0.5, 0, 1)
-
-
-def fit_shape(alpha, poor=POOR_FIT):
-    """Coverage float (S, S), not quite in [0, 1] -> index into SHAPES, or -1, and centre and side of its box, as in
-    Object. Each shape is laid over the object with the same area and centre of mass, in which noise averages out; the
-    best overlap wins."""
-    S = len(alpha)
-    rows, columns = np.nonzero(alpha > 0.5)
-    if len(rows) == 0:
-        return -1, 0, 0, 0
-    mass = np.zeros_like(alpha)                         # the object, with a margin of two pixels for soft edges
-    near = np.s_[max(0, rows.min() - 2):rows.max() + 3, max(0, columns.min() - 2):columns.max() + 3]
-    mass[near] = alpha[near]
-    total, pixels = mass.sum(), (np.arange(S) + 0.5) / S
-    if total < 1:
-        return -1, 0, 0, 0
-    x, y = (mass.sum(0) * pixels).sum() / total, (mass.sum(1) * pixels).sum() / total
-    mass, fits = harden(mass), []
-    for shape in range(4):
-        box = math.sqrt(total / AREA[shape]) / S
-        top = box / 6 if SHAPES[shape] == "triangle" else 0             # its mass sits low
-        fit = harden(coverage(shape, x, y - top, box, S))
-        overlap = np.minimum(mass, fit).sum() / np.maximum(mass, fit).sum()
-        fits.append((overlap, shape, x, y - top, box))
-    overlap, shape, x, y, box = max(fits, key=lambda fit: fit[0])
-    return shape if overlap > poor else -1, x, y, box
-
-
-def backdrop(p):
-    """Picture float (3, S, S) -> its background (3, 1, 1) and each pixel's contrast with it, (S, S)."""
-    border = np.concatenate([p[:, 0], p[:, -1], p[:, :, 0], p[:, :, -1]], axis=1)
-    background = np.median(border, axis=1)[:, None, None]
-    return background, np.linalg.norm(p - background, axis=0)
-
-
-def read_colour(p, background, core):
-    """The object seen where core (S, S) is True -> row of COLOURS, or -1, and its coverage of each pixel, (S, S)."""
-    found = np.median(p[:, core], axis=1)               # (3,) the object's middle
-    off = np.linalg.norm(COLOURS - found, axis=1)
-    # a pixel's coverage is its position on the line from the background's colour to the object's
-    line = found[:, None, None] - background
-    alpha = ((p - background) * line).sum(0) / max((line ** 2).sum(), 1)
-    return int(off.argmin()) if off.min() <= OFF_PALETTE else -1, alpha
-
-
-def read_shape(image):
-    """One picture uint8 (3, S, S) -> (colour, shape), each -1 where it cannot tell."""
-    p = image.astype(np.float32)
-    background, contrast = backdrop(p)
-    full = np.percentile(contrast, 97)                  # the smallest shape covers 8% of a picture
-    if full < FAINT:
-        return -1, -1
-    colour, alpha = read_colour(p, background, contrast > 0.7 * full)
-    return (colour, fit_shape(alpha)[0]) if colour >= 0 else (-1, -1)
-
-
-def score_shapes(images, labels):
-    """How many pictures show the class asked for -> dict(n, shape, colour, both), in percent but for n. Needs no
-    network. Of real pictures all are right, of noise none, of pictures of random classes 4%."""
-    labels = np.asarray(labels)
-    colour, shape = np.array([read_shape(image) for image in images], np.int64).reshape(-1, 2).T
-    right = dict(shape=shape == labels % 4, colour=colour == labels // 4)
-    right["both"] = right["shape"] & right["colour"]
-    return dict(n=len(labels), **{key: 100 * float(hit.mean()) for key, hit in right.items()})
-
-
-# ---- shapes with captions: reading a picture back -------------------------------------------------
-
-CLEAR = 50                # grey levels from the background at which an object begins; speckle is nearer
-SPECK = 0.008             # part of a picture; less is no object. The smallest, a triangle, covers 4.5%
-MIDDLE = 0.1              # a centre nearer than this to the picture's is "in the middle"
-LARGE = 0.38              # side of the box, between the two sizes
-SCENE_FIT = 0.78          # replaces POOR_FIT: a shape 10 pixels wide is mostly edge. Lets a diamond pass for a circle
-
-THING = rf"an? (?:({'|'.join(SIDES)}) )?({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})"
-CAPTION_FORM = re.compile(rf"{THING}(?: ({'|'.join(PLACES)})| ({'|'.join(RELATIONS)}) {THING})?\.?")
-
-
-def neighbours(mask):
-    """The four neighbours of every pixel, (4, S, S), 0 beyond the border."""
-    wide = np.pad(mask, 1)
-    return np.stack([wide[:-2, 1:-1], wide[2:, 1:-1], wide[1:-1, :-2], wide[1:-1, 2:]])
-
-
-def pieces(mask):
-    """bool (S, S) -> its connected pieces, a list of bool (S, S), the largest first, without specks."""
-    label, last = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), None
-    while not np.array_equal(label, last):              # the highest number of a piece spreads over it
-        label, last = np.where(mask, np.maximum(label, neighbours(label).max(0)), 0), label
-    numbers, sizes = np.unique(label[mask], return_counts=True)
-    return [label == numbers[i] for i in np.argsort(-sizes, kind="stable") if sizes[i] > SPECK * mask.size]
-
-
-class Seen(NamedTuple):
-    size: str             # words of captions; None: none of them
-    colour: str
-    shape: str
-    x: float              # centre, in units of the picture's side
-    y: float
-
-
-NOTHING = Seen(None, None, None, 0, 0)
-
-
-def read_scene(image):
-    """One picture uint8 (3, S, S) -> what is Seen in it, the largest first."""
-    p = image.astype(np.float32)
-    background, contrast = backdrop(p)
-    found, seen = pieces(contrast > CLEAR), []
-    for piece in found:
-        core = piece & (contrast > 0.7 * np.percentile(contrast[piece], 80))
-        colour, alpha = read_colour(p, background, core)
-        others = np.any(found, axis=0) & ~piece
-        alpha[others | neighbours(others).any(0)] = 0
-        shape, x, y, box = fit_shape(alpha, SCENE_FIT)
-        seen.append(Seen("large" if box > LARGE else "small", [*PALETTE, None][colour], [*SHAPES, None][shape], x, y))
-    return seen
-
-
-def direction(dx, dy, names):
-    """Which of names, word -> (x, y), points most in this direction."""
-    return max(names, key=lambda name: dx * names[name][0] + dy * names[name][1])
-
-
-def judge_scene(objects, asked):
-    """What is Seen, the largest first, and the match of CAPTION_FORM with a caption -> {what was asked: is it so?}."""
-    words = asked.groups()                              # size, colour, shape; place, relation; size, colour, shape
-    place, relation = words[3:5]
-    things = [Seen(*thing, 0, 0) for thing in (words[:3], words[5:]) if thing[1]]
-    seen = [*objects, NOTHING, NOTHING][:len(things)]
-    # which is which: the order in which more colours and shapes are as asked
-    seen = max((seen, seen[::-1]), key=lambda order: sum(
-        (o.colour == thing.colour) + (o.shape == thing.shape) for o, thing in zip(order, things)))
-    right = {name: all(getattr(o, name) == getattr(thing, name) for o, thing in zip(seen, things))
-             for name in ("colour", "shape")}
-    if any(thing.size for thing in things):
-        right["size"] = all(thing.size in (None, o.size) for o, thing in zip(seen, things))
-    if place:
-        dx, dy = seen[0].x - 0.5, seen[0].y - 0.5
-        where = "in the middle" if max(abs(dx), abs(dy)) < MIDDLE else direction(dx, dy, PLACES)
-        right["place"] = NOTHING not in seen and place == where
-    if relation:
-        dx, dy = seen[0].x - seen[1].x, seen[0].y - seen[1].y
-        right["relation"] = NOTHING not in seen and relation == direction(dx, dy, RELATIONS)
-    right["all"] = all(right.values()) and len(objects) == len(things)
-    return right
-
-
-def score_captions(images, captions):
-    """Pictures uint8 (N, 3, S, S) and captions like draw_scene's, whose size, place and second object are optional
-    -> dict(n=, colour=, shape=, size=, place=, relation=, all=): in how many percent of the captions that mention it
-    it is right, for both objects if there are two. What none mentions is left out. `all`: and nothing else is there."""
-    asked = [CAPTION_FORM.fullmatch(" ".join(caption.lower().split())) for caption in captions]
-    if None in asked:
-        raise UserError(f"{captions[asked.index(None)]!r} cannot be scored; this can: {draw_scene(1)[2]!r}, "
-                        f"{draw_scene(0)[2]!r}")
-    right = [judge_scene(read_scene(image), match) for image, match in zip(images, asked)]
-    keys = [key for key in ("colour", "shape", "size", "place", "relation", "all") if any(key in r for r in right)]
-    return dict(n=len(right), **{key: 100 * float(np.mean([r[key] for r in right if key in r])) for key in keys})
-
-
-def asked_scenes(n):
-    """n captions to ask for and score by, and the kind of each, in turn: one object, two objects, held-out. Their
-    numbers are ones that no training has seen."""
-    numbers, captions = itertools.count(SHAPE_COUNT), []
-    kinds = [("one object", "two objects", "held-out")[i % 3] for i in range(n)]
-    for kind in kinds:
-        drawn = (draw_scene(number, kind == "held-out")[2] for number in numbers)
-        captions.append(next(c for c in drawn if kind == "held-out" or (" a " in c) == (kind == "two objects")))
-    return captions, kinds
-
-
 # ---- emoji: a thousand real pictures with real captions, out of a font ---------------------------
 
 NOTO = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"              # where Debian puts it
@@ -659,44 +474,6 @@ def emoji_source(src, size, limit):
 
     sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return Source(len(glyphs), size, [], items(), path, dict(sha256=sha256), [])
-
-
-# ---- CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html) --------------------------------------
-
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-
-
-def download_cifar(path):
-    """Download the archive once and keep it: the server can take an hour."""
-    try:
-        with urllib.request.urlopen(CIFAR_URL, timeout=60) as reply:
-            total = int(reply.headers.get("Content-Length", 0)) or None
-            with tqdm.wrapattr(reply, "read", total=total, desc=CIFAR_URL) as stream:
-                shutil.copyfileobj(stream, buffer := io.BytesIO())
-        blob = buffer.getvalue()
-        if hashlib.sha256(blob).hexdigest() != CIFAR_SHA256:
-            raise OSError("what arrived is not the published file: its sha256 differs")
-        write_file(path, lambda f: f.write(blob))
-    except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"cannot download {CIFAR_URL} ({e}): get it some other way, then "
-                        "`python data.py prepare cifar10 --src cifar-10-binary.tar.gz`")
-
-
-def cifar_source(src, size, limit):
-    """The 50,000 training pictures, read from inside the archive of the binary version. A record is one
-    byte for the class and 3 x 32 x 32 for the picture."""
-    if not os.path.isfile(src):
-        raise UserError(f"--src {src} is not a file; it should be cifar-10-binary.tar.gz")
-    blob = Path(src).read_bytes()
-    if hashlib.sha256(blob).hexdigest() != CIFAR_SHA256:
-        raise UserError(f"{src} is not the published cifar-10-binary.tar.gz, or not all of it: its sha256 differs")
-    with tarfile.open(fileobj=io.BytesIO(blob)) as tar:
-        batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6)]
-    records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)[:limit]
-    items = ((record[1:].reshape(3, 32, 32), record[0], None) for record in records)
-    return Source(len(records), size, CIFAR_CLASSES, items, src, dict(sha256=CIFAR_SHA256), [])
 
 
 # ---- where pictures are: a folder, a zip, an lmdb, tar shards ------------------------------------
@@ -1133,6 +910,44 @@ def folder_source(src, size, limit, crop, in_place=False):
     if tars:
         print(f"warning: {src} has .tar files beside its pictures: taking the pictures alone", file=sys.stderr)
     return pictures_source(place, names, size, limit, crop, *folder_labels(place, names), folder_captions(place, names))
+
+
+# ---- CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html) --------------------------------------
+
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def download_cifar(path):
+    """Download the archive once and keep it: the server can take an hour."""
+    try:
+        with urllib.request.urlopen(CIFAR_URL, timeout=60) as reply:
+            total = int(reply.headers.get("Content-Length", 0)) or None
+            with tqdm.wrapattr(reply, "read", total=total, desc=CIFAR_URL) as stream:
+                shutil.copyfileobj(stream, buffer := io.BytesIO())
+        blob = buffer.getvalue()
+        if hashlib.sha256(blob).hexdigest() != CIFAR_SHA256:
+            raise OSError("what arrived is not the published file: its sha256 differs")
+        write_file(path, lambda f: f.write(blob))
+    except (OSError, http.client.HTTPException) as e:
+        raise UserError(f"cannot download {CIFAR_URL} ({e}): get it some other way, then "
+                        "`python data.py prepare cifar10 --src cifar-10-binary.tar.gz`")
+
+
+def cifar_source(src, size, limit):
+    """The 50,000 training pictures, read from inside the archive of the binary version. A record is one
+    byte for the class and 3 x 32 x 32 for the picture."""
+    if not os.path.isfile(src):
+        raise UserError(f"--src {src} is not a file; it should be cifar-10-binary.tar.gz")
+    blob = Path(src).read_bytes()
+    if hashlib.sha256(blob).hexdigest() != CIFAR_SHA256:
+        raise UserError(f"{src} is not the published cifar-10-binary.tar.gz, or not all of it: its sha256 differs")
+    with tarfile.open(fileobj=io.BytesIO(blob)) as tar:
+        batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6)]
+    records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)[:limit]
+    items = ((record[1:].reshape(3, 32, 32), record[0], None) for record in records)
+    return Source(len(records), size, CIFAR_CLASSES, items, src, dict(sha256=CIFAR_SHA256), [])
 
 
 # ---- the sets of the paper -----------------------------------------------------------------------
@@ -1894,6 +1709,191 @@ class Batches(torch.utils.data.Dataset):
             return torch.from_numpy(x), *pad(self.features.rows(index, mix(self.seed, k, CAPTION)), self.multiple)
         y = np.zeros_like(k) if self.pictures.labels is None else self.pictures.labels[index]
         return torch.from_numpy(x), torch.from_numpy(y)
+
+
+# ---- shapes: reading a picture back --------------------------------------------------------------
+# The limits were set on 1,500 held-out pictures of 32 pixels: with a blur of 1 / 45 of the side and
+# noise of 8 grey levels, the worst overlap is 0.87; a diamond's best is 0.85, a Gaussian spot's 0.78.
+
+FAINT = 40                # grey levels; a picture of less contrast is empty
+OFF_PALETTE = 70          # grey levels; what is further from every colour is none of them
+POOR_FIT = 0.86           # overlap; if even the best shape has less, it is none of them
+AREA = (math.pi / 4, 1, 1 / 2, 5 / 9)                   # of each shape, in a box of side 1
+
+
+def harden(alpha):
+    """Count pixels that are nearly in as in, and nearly out as out. This forgives noise and blur."""
+    return np.clip(1.5 * (alpha - 0.5) + 0.5, 0, 1)
+
+
+def fit_shape(alpha, poor=POOR_FIT):
+    """Coverage float (S, S), not quite in [0, 1] -> index into SHAPES, or -1, and centre and side of its box, as in
+    Object. Each shape is laid over the object with the same area and centre of mass, in which noise averages out; the
+    best overlap wins."""
+    S = len(alpha)
+    rows, columns = np.nonzero(alpha > 0.5)
+    if len(rows) == 0:
+        return -1, 0, 0, 0
+    mass = np.zeros_like(alpha)                         # the object, with a margin of two pixels for soft edges
+    near = np.s_[max(0, rows.min() - 2):rows.max() + 3, max(0, columns.min() - 2):columns.max() + 3]
+    mass[near] = alpha[near]
+    total, pixels = mass.sum(), (np.arange(S) + 0.5) / S
+    if total < 1:
+        return -1, 0, 0, 0
+    x, y = (mass.sum(0) * pixels).sum() / total, (mass.sum(1) * pixels).sum() / total
+    mass, fits = harden(mass), []
+    for shape in range(4):
+        box = math.sqrt(total / AREA[shape]) / S
+        top = box / 6 if SHAPES[shape] == "triangle" else 0             # its mass sits low
+        fit = harden(coverage(shape, x, y - top, box, S))
+        overlap = np.minimum(mass, fit).sum() / np.maximum(mass, fit).sum()
+        fits.append((overlap, shape, x, y - top, box))
+    overlap, shape, x, y, box = max(fits, key=lambda fit: fit[0])
+    return shape if overlap > poor else -1, x, y, box
+
+
+def backdrop(p):
+    """Picture float (3, S, S) -> its background (3, 1, 1) and each pixel's contrast with it, (S, S)."""
+    border = np.concatenate([p[:, 0], p[:, -1], p[:, :, 0], p[:, :, -1]], axis=1)
+    background = np.median(border, axis=1)[:, None, None]
+    return background, np.linalg.norm(p - background, axis=0)
+
+
+def read_colour(p, background, core):
+    """The object seen where core (S, S) is True -> row of COLOURS, or -1, and its coverage of each pixel, (S, S)."""
+    found = np.median(p[:, core], axis=1)               # (3,) the object's middle
+    off = np.linalg.norm(COLOURS - found, axis=1)
+    # a pixel's coverage is its position on the line from the background's colour to the object's
+    line = found[:, None, None] - background
+    alpha = ((p - background) * line).sum(0) / max((line ** 2).sum(), 1)
+    return int(off.argmin()) if off.min() <= OFF_PALETTE else -1, alpha
+
+
+def read_shape(image):
+    """One picture uint8 (3, S, S) -> (colour, shape), each -1 where it cannot tell."""
+    p = image.astype(np.float32)
+    background, contrast = backdrop(p)
+    full = np.percentile(contrast, 97)                  # the smallest shape covers 8% of a picture
+    if full < FAINT:
+        return -1, -1
+    colour, alpha = read_colour(p, background, contrast > 0.7 * full)
+    return (colour, fit_shape(alpha)[0]) if colour >= 0 else (-1, -1)
+
+
+def score_shapes(images, labels):
+    """How many pictures show the class asked for -> dict(n, shape, colour, both), in percent but for n. Needs no
+    network. Of real pictures all are right, of noise none, of pictures of random classes 4%."""
+    labels = np.asarray(labels)
+    colour, shape = np.array([read_shape(image) for image in images], np.int64).reshape(-1, 2).T
+    right = dict(shape=shape == labels % 4, colour=colour == labels // 4)
+    right["both"] = right["shape"] & right["colour"]
+    return dict(n=len(labels), **{key: 100 * float(hit.mean()) for key, hit in right.items()})
+
+
+# ---- shapes with captions: reading a picture back -------------------------------------------------
+
+CLEAR = 50                # grey levels from the background at which an object begins; speckle is nearer
+SPECK = 0.008             # part of a picture; less is no object. The smallest, a triangle, covers 4.5%
+MIDDLE = 0.1              # a centre nearer than this to the picture's is "in the middle"
+LARGE = 0.38              # side of the box, between the two sizes
+SCENE_FIT = 0.78          # replaces POOR_FIT: a shape 10 pixels wide is mostly edge. Lets a diamond pass for a circle
+
+THING = rf"an? (?:({'|'.join(SIDES)}) )?({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})"
+CAPTION_FORM = re.compile(rf"{THING}(?: ({'|'.join(PLACES)})| ({'|'.join(RELATIONS)}) {THING})?\.?")
+
+
+def neighbours(mask):
+    """The four neighbours of every pixel, (4, S, S), 0 beyond the border."""
+    wide = np.pad(mask, 1)
+    return np.stack([wide[:-2, 1:-1], wide[2:, 1:-1], wide[1:-1, :-2], wide[1:-1, 2:]])
+
+
+def pieces(mask):
+    """bool (S, S) -> its connected pieces, a list of bool (S, S), the largest first, without specks."""
+    label, last = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), None
+    while not np.array_equal(label, last):              # the highest number of a piece spreads over it
+        label, last = np.where(mask, np.maximum(label, neighbours(label).max(0)), 0), label
+    numbers, sizes = np.unique(label[mask], return_counts=True)
+    return [label == numbers[i] for i in np.argsort(-sizes, kind="stable") if sizes[i] > SPECK * mask.size]
+
+
+class Seen(NamedTuple):
+    size: str             # words of captions; None: none of them
+    colour: str
+    shape: str
+    x: float              # centre, in units of the picture's side
+    y: float
+
+
+NOTHING = Seen(None, None, None, 0, 0)
+
+
+def read_scene(image):
+    """One picture uint8 (3, S, S) -> what is Seen in it, the largest first."""
+    p = image.astype(np.float32)
+    background, contrast = backdrop(p)
+    found, seen = pieces(contrast > CLEAR), []
+    for piece in found:
+        core = piece & (contrast > 0.7 * np.percentile(contrast[piece], 80))
+        colour, alpha = read_colour(p, background, core)
+        others = np.any(found, axis=0) & ~piece
+        alpha[others | neighbours(others).any(0)] = 0
+        shape, x, y, box = fit_shape(alpha, SCENE_FIT)
+        seen.append(Seen("large" if box > LARGE else "small", [*PALETTE, None][colour], [*SHAPES, None][shape], x, y))
+    return seen
+
+
+def direction(dx, dy, names):
+    """Which of names, word -> (x, y), points most in this direction."""
+    return max(names, key=lambda name: dx * names[name][0] + dy * names[name][1])
+
+
+def judge_scene(objects, asked):
+    """What is Seen, the largest first, and the match of CAPTION_FORM with a caption -> {what was asked: is it so?}."""
+    words = asked.groups()                              # size, colour, shape; place, relation; size, colour, shape
+    place, relation = words[3:5]
+    things = [Seen(*thing, 0, 0) for thing in (words[:3], words[5:]) if thing[1]]
+    seen = [*objects, NOTHING, NOTHING][:len(things)]
+    # which is which: the order in which more colours and shapes are as asked
+    seen = max((seen, seen[::-1]), key=lambda order: sum(
+        (o.colour == thing.colour) + (o.shape == thing.shape) for o, thing in zip(order, things)))
+    right = {name: all(getattr(o, name) == getattr(thing, name) for o, thing in zip(seen, things))
+             for name in ("colour", "shape")}
+    if any(thing.size for thing in things):
+        right["size"] = all(thing.size in (None, o.size) for o, thing in zip(seen, things))
+    if place:
+        dx, dy = seen[0].x - 0.5, seen[0].y - 0.5
+        where = "in the middle" if max(abs(dx), abs(dy)) < MIDDLE else direction(dx, dy, PLACES)
+        right["place"] = NOTHING not in seen and place == where
+    if relation:
+        dx, dy = seen[0].x - seen[1].x, seen[0].y - seen[1].y
+        right["relation"] = NOTHING not in seen and relation == direction(dx, dy, RELATIONS)
+    right["all"] = all(right.values()) and len(objects) == len(things)
+    return right
+
+
+def score_captions(images, captions):
+    """Pictures uint8 (N, 3, S, S) and captions like draw_scene's, whose size, place and second object are optional
+    -> dict(n=, colour=, shape=, size=, place=, relation=, all=): in how many percent of the captions that mention it
+    it is right, for both objects if there are two. What none mentions is left out. `all`: and nothing else is there."""
+    asked = [CAPTION_FORM.fullmatch(" ".join(caption.lower().split())) for caption in captions]
+    if None in asked:
+        raise UserError(f"{captions[asked.index(None)]!r} cannot be scored; this can: {draw_scene(1)[2]!r}, "
+                        f"{draw_scene(0)[2]!r}")
+    right = [judge_scene(read_scene(image), match) for image, match in zip(images, asked)]
+    keys = [key for key in ("colour", "shape", "size", "place", "relation", "all") if any(key in r for r in right)]
+    return dict(n=len(right), **{key: 100 * float(np.mean([r[key] for r in right if key in r])) for key in keys})
+
+
+def asked_scenes(n):
+    """n captions to ask for and score by, and the kind of each, in turn: one object, two objects, held-out. Their
+    numbers are ones that no training has seen."""
+    numbers, captions = itertools.count(SHAPE_COUNT), []
+    kinds = [("one object", "two objects", "held-out")[i % 3] for i in range(n)]
+    for kind in kinds:
+        drawn = (draw_scene(number, kind == "held-out")[2] for number in numbers)
+        captions.append(next(c for c in drawn if kind == "held-out" or (" a " in c) == (kind == "two objects")))
+    return captions, kinds
 
 
 # ---- commands ------------------------------------------------------------------------------------
