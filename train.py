@@ -388,6 +388,21 @@ def check(config):
 
 
 # ---- pieces of a run -----------------------------------------------------------------------------------
+# in the order in which main() calls them
+
+def choose_encoder(config, source, fresh):
+    """Choose the encoder whose features are read: --encoder, or else the one that the run began with, even if there are
+    others by now. Its width becomes the network's text_dim."""
+    old = {} if fresh else recorded(config.out)
+    own = str(old.get("encoder", "")) if old.get("data") == config.data else ""
+    config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
+    preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
+    if config.net["text_dim"] not in (width, preset):
+        fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
+             "wide: leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from
+                                     else ""))
+    config.net["text_dim"] = width
+
 
 def kind_of(value):
     """The kind of a value in --net, to be checked: Python takes "false" for true, and finds no 16 in ["16"]."""
@@ -419,6 +434,39 @@ def measure(config, info, tokens=data.MAX_TOKENS):
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
+def move_aside(out):
+    """--fresh: rename the folder of an existing run, to keep its files; fail if it is running. A folder that holds no
+    run itself, such as a folder of runs, stays where it is."""
+    if not any(Path(out, file).exists() for file in ("config.json", "ckpt.pt")):
+        return
+    claim(out).close()
+    aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
+    out.rename(aside)
+    print(f"the old run is now {aside}")
+
+
+def join(config, device):
+    """Join the other processes that torchrun has started -> the store that they share."""
+    # torchrun keeps one store across its restarts, in which a new group would find the addresses of the dead one. So on
+    # one node each restart has its own keys (not on several, as each node counts its own restarts: see the README)
+    timeout = datetime.timedelta(seconds=config.timeout)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world, timeout=timeout)
+    return store
+
+
+def keep_freed_memory():
+    """Make glibc keep the memory that one step frees for the next. By default, large blocks go back to the system; the
+    5,000 to 34,000 page faults of getting them back made a step of the laptop presets a tenth to a quarter slower."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**30)                              # M_TRIM_THRESHOLD: up to 1 GiB is kept
+        mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: for blocks up to 32 MiB, the most it allows
+
+
 def start_from(net, config, info):
     """Load the weights of --init-from -> a line that says so. If the classes differ, their embedding starts anew, null
     class included; all else must fit."""
@@ -440,20 +488,6 @@ def start_from(net, config, info):
              f"{info['size']}x{info['size']} pictures: {e}")
     anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
     return f"starting from {config.init_from}{anew}"
-
-
-def choose_encoder(config, source, fresh):
-    """Choose the encoder whose features are read: --encoder, or else the one that the run began with, even if there are
-    others by now. Its width becomes the network's text_dim."""
-    old = {} if fresh else recorded(config.out)
-    own = str(old.get("encoder", "")) if old.get("data") == config.data else ""
-    config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
-    preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
-    if config.net["text_dim"] not in (width, preset):
-        fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
-             "wide: leave it out" + ("; with --init-from name the --encoder its weights know" if config.init_from
-                                     else ""))
-    config.net["text_dim"] = width
 
 
 def prepare(config, source):
@@ -478,15 +512,13 @@ def claim(out):
     return f
 
 
-def move_aside(out):
-    """--fresh: rename the folder of an existing run, to keep its files; fail if it is running. A folder that holds no
-    run itself, such as a folder of runs, stays where it is."""
-    if not any(Path(out, file).exists() for file in ("config.json", "ckpt.pt")):
-        return
-    claim(out).close()
-    aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
-    out.rename(aside)
-    print(f"the old run is now {aside}")
+def grid_text(pictures, features, n):
+    """What a checkpoint keeps of the text, so that sampling needs neither set nor encoder: n captions from all over the
+    set, for the sample grids, with their features and those of the empty caption, float16 (L, d) each."""
+    chosen = [i * features.n // n for i in range(n)]
+    return dict(encoder=features.encoder, null=torch.from_numpy(features.null),
+                captions=[pictures.captions[i][0] for i in chosen],
+                rows=[torch.from_numpy(features.row(i)) for i in chosen])
 
 
 def facts(record):
@@ -552,13 +584,35 @@ def checkpoint_blocks(net):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
-def keep_freed_memory():
-    """Make glibc keep the memory that one step frees for the next. By default, large blocks go back to the system; the
-    5,000 to 34,000 page faults of getting them back made a step of the laptop presets a tenth to a quarter slower."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-1, 2**30)                              # M_TRIM_THRESHOLD: up to 1 GiB is kept
-        mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: for blocks up to 32 MiB, the most it allows
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]    # Windows: two
+
+
+def listen_for_stops(worker=None):
+    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list, to which the first signal is appended for the loop to see;
+    a later one kills. (Not a tensor: while torch.compile traces, a new one would be a fake.) A grid that is being drawn
+    is finished first, which may take longer than a scheduler waits; but the checkpoint was saved before it.
+
+    Loader workers survive the first signal, too: the step that training still finishes may need their batch. (`worker`
+    is what DataLoader passes them.)"""
+    stops = []                                          # when they came
+
+    def remember(sig, _):
+        if stops and time.monotonic() - stops[0] > 3:   # until then it is the same stop: a scheduler signals all
+            signal.signal(sig, signal.SIG_DFL)          # processes of a job, and torchrun signals its own again
+            signal.raise_signal(sig)
+        stops.append(time.monotonic())
+
+    for sig in STOPS:
+        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup has it ignored
+            signal.signal(sig, remember)
+    return stops
+
+
+def shut_down(loader):
+    """At exit, end the processes of a loader (a weakref) that an error has kept alive. Python itself sends them one
+    SIGTERM, which they survive, and would then wait for ever."""
+    if loader():
+        loader()._shutdown_workers()
 
 
 def learning_rate(config, step):
@@ -567,15 +621,6 @@ def learning_rate(config, step):
     It depends on the run's length: if a larger --steps continues it, the rate goes back up to the longer run's."""
     left = 1 - step / config.steps                                  # of the run, in (0, 1]
     return config.lr * min(1, (step + 1) / max(1, config.warmup), left / config.cooldown if config.cooldown else 1)
-
-
-def grid_text(pictures, features, n):
-    """What a checkpoint keeps of the text, so that sampling needs neither set nor encoder: n captions from all over the
-    set, for the sample grids, with their features and those of the empty caption, float16 (L, d) each."""
-    chosen = [i * features.n // n for i in range(n)]
-    return dict(encoder=features.encoder, null=torch.from_numpy(features.null),
-                captions=[pictures.captions[i][0] for i in chosen],
-                rows=[torch.from_numpy(features.row(i)) for i in chosen])
 
 
 def draw_grid(net, record, path, at_once, device):
@@ -610,50 +655,6 @@ def draw_progress(folder, size):
 
 
 # ---- the run -----------------------------------------------------------------------------------------
-
-def join(config, device):
-    """Join the other processes that torchrun has started -> the store that they share."""
-    # torchrun keeps one store across its restarts, in which a new group would find the addresses of the dead one. So on
-    # one node each restart has its own keys (not on several, as each node counts its own restarts: see the README)
-    timeout = datetime.timedelta(seconds=config.timeout)
-    store, rank, world = next(rendezvous("env://", timeout=timeout))
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=world, timeout=timeout)
-    return store
-
-
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]    # Windows: two
-
-
-def listen_for_stops(worker=None):
-    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list, to which the first signal is appended for the loop to see;
-    a later one kills. (Not a tensor: while torch.compile traces, a new one would be a fake.) A grid that is being drawn
-    is finished first, which may take longer than a scheduler waits; but the checkpoint was saved before it.
-
-    Loader workers survive the first signal, too: the step that training still finishes may need their batch. (`worker`
-    is what DataLoader passes them.)"""
-    stops = []                                          # when they came
-
-    def remember(sig, _):
-        if stops and time.monotonic() - stops[0] > 3:   # until then it is the same stop: a scheduler signals all
-            signal.signal(sig, signal.SIG_DFL)          # processes of a job, and torchrun signals its own again
-            signal.raise_signal(sig)
-        stops.append(time.monotonic())
-
-    for sig in STOPS:
-        if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup has it ignored
-            signal.signal(sig, remember)
-    return stops
-
-
-def shut_down(loader):
-    """At exit, end the processes of a loader (a weakref) that an error has kept alive. Python itself sends them one
-    SIGTERM, which they survive, and would then wait for ever."""
-    if loader():
-        loader()._shutdown_workers()
-
 
 BAD_STEPS = 100         # a run stops after this many non-finite gradients in a row, checked when it logs
 
