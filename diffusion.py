@@ -155,7 +155,7 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     clip: see clip_x0 (static: assumed, as in DDPM's code); 'none' for anything but pictures in [-1, 1], such as an
     autoencoder's latents. Without clipping, eps on the cosine schedule needs em: the first step of ddim and dpm
-    multiplies an error of eps by about alpha(s) / alpha(t): by 135 in 250 steps, by 221 in 20, by 402 in 10.
+    multiplies an error of eps by alpha(s) / alpha(t) - 1, nearly: by 135 in 250 steps, by 221 in 20, by 402 in 10.
     cond_fn(x, t) -> grad_x log p(c | x_t), t a float of this file's clock: a classifier's or CLIP's gradient, run with
     gradients enabled.
     cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score (as far as
@@ -224,10 +224,10 @@ def em(denoise, x, times, schedule, noise):
     First order, so its error falls only as 1 / steps. Each step replaces a fraction beta (below) of x's variance by
     fresh noise, with the score held fixed. So beta must be small: on the linear schedule at t = 0.5 it is 0.4 with 20
     steps, and 0.01 with the paper's 1000. (Near t = 1 the cosine's is not: x, still all noise, gets a variance of up to
-    1.25, which the next steps bring back to 1.) And the noise that the last but one step adds stays in the picture,
-    because the evaluation at T_MIN expects no more than sigma(T_MIN) = 0.01: on the linear schedule that noise has a
-    std of 0.18 (23 grey levels) with 20 steps, and of 0.01 with 1000. Fresh noise is useful, too: it corrects earlier
-    mistakes of the network."""
+    1.25, which the next steps bring back to 1.) And most of the noise that the last but one step adds stays in the
+    picture if the steps are few, because the evaluation at T_MIN expects, and takes away, only sigma(T_MIN) = 0.01: on
+    the linear schedule that step adds noise of std 0.18 (23 grey levels) with 20 steps, and of 0.01 with 1000. Fresh
+    noise is useful, too: it corrects earlier mistakes of the network."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2

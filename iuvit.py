@@ -146,8 +146,8 @@ class DWConvFFN(nn.Module):
         x = F.gelu(self.fc1(x))                                         # (B, N, 4D)
         # norm1 after the split, not before: the numbers are the same, and the convolution's input has no gaps
         extras, patches = self.norm1(x[:, :self.extras]), self.norm1(x[:, self.extras:])
-        patches = self.dwconv(rearrange(patches, "B (h w) F -> B F h w", h=self.grid))
-        x = torch.cat([extras, rearrange(patches, "B F h w -> B (h w) F")], dim=1)          # (B, N, F), F = 4D
+        patches = self.dwconv(rearrange(patches, "B (h w) f -> B f h w", h=self.grid))
+        x = torch.cat([extras, rearrange(patches, "B f h w -> B (h w) f")], dim=1)          # (B, N, f), f = 4D
         return self.fc2(self.norm2(F.gelu(x)))
 
 

@@ -66,8 +66,8 @@ def pick_device(name):
 
 
 def compile_network(net, graphs):
-    """torch.compile, anew for every batch size and every length of the texts: with lengths left open, gradients of
-    attention fail.
+    """torch.compile, anew for every batch size and every length of the texts (the first eight; PyTorch leaves further
+    ones uncompiled): with lengths left open, gradients of attention fail.
 
     graphs: on a GPU, record CUDA graphs, because it finishes the kernels of a small network before Python has launched
     the next ones. Then each call overwrites what the last one returned. (Never on AMD's GPUs, where networks learnt
@@ -128,6 +128,8 @@ def read(path, weights="ema"):
         for key, allowed in KNOWN.items():
             if config[key] not in allowed:
                 raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
+        if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
+            raise ValueError("its sample_steps, cfg and drop are not all numbers")
         if config["cond"] == "text":
             config["text"] = {key: whole["text"][key] for key in ("encoder", "null", "captions", "rows")}
         return config, whole["ema" if weights == "ema" else "model"]
@@ -230,7 +232,7 @@ def parse(argv):
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the network, for many pictures: takes minutes "
-                   "first, and again at the end if --batch does not divide --n")
+                   "first, and again for a last batch that is smaller, longer prompts, guidance 1 beside others")
     args = p.parse_args(argv)
     if empty := [name for name, value in vars(args).items() if value == ""]:
         fail(f"--{empty[0]} must not be empty")
@@ -537,11 +539,13 @@ def write_picture(path, picture):                                       # uint8 
     data.write_file(path, lambda f: image.save(f, "png"), sync=False)   # 50,000 waits for the disk would take minutes
 
 
-def what_decides(net, args, prompts):
+def what_decides(net, config, args, prompts):
     """All that determines the pictures in a folder, as JSON: the same command may go on with them later."""
-    names = "n batch sampler steps cfg clip classes attend seed device dtype compile".split()
+    names = "n batch sampler steps cfg classes attend seed device dtype compile".split()
     weights = data.digest(f"{name} {zlib.crc32(p.cpu().numpy().tobytes())}" for name, p in net.state_dict().items())
-    asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, weights=weights)
+    asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, weights=weights,
+                 clip=[args.clip or clip_for(scale, config) for scale in args.cfg],
+                 **{name: config[name] for name in ("schedule", "prediction", "clock")})
     return json.dumps(asked).encode()
 
 
@@ -650,7 +654,7 @@ def main():
 
     # where it goes
     out, folder = args.out, args.out.suffix != ".png"
-    command = what_decides(net, args, labels)
+    command = what_decides(net, config, args, labels)
     check_places(args, command)
     if rank == 0 and folder:
         held = hold(out, command)                                       # until this function ends

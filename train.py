@@ -534,13 +534,14 @@ def resume(record, net, ema, opt):
     folder that holds another run than that of `record` is refused, and the message shows the difference."""
     out, new = Path(record["out"]), (0, 0.0, 0)
     ckpt = data.read_dict(out / "ckpt.pt") if (out / "ckpt.pt").exists() else None
-    if not ckpt and not (out / "config.json").exists():
+    if ckpt is None and not (out / "config.json").exists():
         return new
     try:
-        old = ckpt["config"] if ckpt else recorded(out)             # recorded: it was stopped before it saved
+        old = recorded(out) if ckpt is None else ckpt["config"]     # recorded: it was stopped before it saved
         old = facts(dict(dataclasses.asdict(Config()), **old))
     except (ValueError, TypeError, LookupError, AttributeError):
-        fail(f"the config of {out} is not that of a run: choose another --out")
+        file = out / ("config.json" if ckpt is None else "ckpt.pt")
+        fail(f"{file} is not of a run: choose another --out")
     asked = facts(json.loads(json.dumps(record)))                   # in JSON, tuples are lists
     if data.same_encoder(str(old.get("encoder")), asked["encoder"]):    # which may have moved since
         old["encoder"] = asked["encoder"]
@@ -550,7 +551,7 @@ def resume(record, net, ema, opt):
                if k not in FREE and old.get(k) != asked.get(k)]
     if changed:
         fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
-    if not ckpt:
+    if ckpt is None:
         return new
     try:
         sample.load_weights(net, ckpt["model"])

@@ -135,7 +135,7 @@ def print_table(presets, argv, batch, dtypes, modes, at_least):
 
 def print_growth(batch, dtype, mode, at_least):
     """Images per second of an IU-ViT and a U-Net, as one thing at a time grows: on a CPU networks for laptops, on a GPU
-    those of CIFAR-10."""
+    those of CIFAR-10; in more and more processes, unet-shapes on both."""
     gpu = torch.cuda.is_available()
     vit, unet = ("iuvit-cifar10", "unet-cifar10") if gpu else ("iuvit-shapes", "unet-shapes")
 
@@ -158,18 +158,19 @@ def print_growth(batch, dtype, mode, at_least):
         changes = json.dumps(dict(patch_size=patch, dim=512 if gpu else 256, heads=8 if gpu else 4))
         line(f"{size} pixels, patch {patch}", vit, ["--data", name, "--cond", "none", "--net", changes])
     for n in (1, 2, 4, 8)[:(torch.cuda.device_count() or os.cpu_count()).bit_length()]:
-        speed = speed_of_processes(n, dtype, batch, steps=max(20, round(20 * at_least)))
+        speed = speed_of_processes(n, batch, dtype, mode, steps=max(20, round(20 * at_least)))
         print(f"{'unet-shapes':14}{f'{n} processes of one ' + ('GPU' if torch.cuda.is_available() else 'thread'):28}"
               f"{speed:37.1f} images/s", flush=True)
 
 
-def speed_of_processes(n, dtype, batch, steps):
+def speed_of_processes(n, batch, dtype, mode, steps):
     """Images per second of train.py under torchrun, `batch` pictures in each process, from its own log."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--"]
         flags = ["--preset", "unet-shapes", "--batch", batch * n, "--steps", steps, "--log-every", steps // 2,
                  "--dtype", dtype, "--sample-every", 10**6, "--sample-steps", 1, "--out", Path(folder, "run"),
-                 "--data-dir", folder]
+                 "--data-dir", folder, "--compile" if mode == "compiled" else "--no-compile",
+                 "--grad-ckpt" if mode == "grad-ckpt" else "--no-grad-ckpt"]
         subprocess.run([*launch, ROOT / "train.py", *map(str, flags)], check=True, capture_output=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         with open(Path(folder, "run", "log.csv")) as f:

@@ -116,6 +116,25 @@ def test_a_folder_takes_no_command_that_differs_in_anything(drawn, altered, monk
     torch.save(whole, command[1])
     with pytest.raises(data.UserError, match="not of this very command"):
         drawn(*command)
+    for config in (dict(schedule="linear"), dict(prediction="eps"), dict(clock="uvit"), dict(clip="none")):
+        altered(**config)
+        with pytest.raises(data.UserError, match="not of this very command"):
+            drawn(*command)
+            pytest.fail(f"it takes {config}")
+
+
+def test_a_folder_is_of_the_weights_that_were_loaded_even_if_a_run_replaces_the_file(drawn, altered, monkeypatch):
+    path, load = altered(), sample.load
+    whole = data.read_dict(path)
+
+    def slow(*args):
+        return load(*args), torch.save(dict(whole, ema=whole["model"]), path)
+
+    with monkeypatch.context() as m:
+        m.setattr(sample, "load", lambda *args: slow(*args)[0])
+        drawn("--ckpt", path, "--out", "pictures")
+    with pytest.raises(data.UserError, match="not of this very command"):
+        drawn("--ckpt", path, "--out", "pictures")
 
 
 def test_a_folder_is_of_the_device_and_precision_that_auto_stands_for(drawn, monkeypatch):
@@ -192,13 +211,16 @@ def test_score_says_how_many_pictures_show_what_was_asked(drawn, capsys):
     assert f"of 6 pictures, {score['both']:.1f}% show the asked shape and colour" in capsys.readouterr().out
 
 
-def test_compile_is_asked_for_with_cuda_graphs_and_what_is_compiled_draws(drawn, monkeypatch):
+@pytest.mark.parametrize("hip, mode", [(None, "reduce-overhead"), ("6.2", "default")])
+def test_compile_is_asked_for_with_cuda_graphs_except_on_amd_and_what_is_compiled_draws(hip, mode, drawn, monkeypatch):
     compiled = []
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch, "compile", lambda net, mode, dynamic: compiled.append((mode, dynamic)) or
                         (lambda *args: 0 * net(*args)))
     assert drawn()[0].any() and not compiled
     pictures, _ = drawn("--compile", "--clip", "none", "--sampler", "dpm", "--steps", 1)
-    assert compiled == [("reduce-overhead", False)] and grey_levels(pictures, drawn("--clip", "none", "--steps", 1)[0]) > 2
+    assert compiled == [(mode, False)]
+    assert grey_levels(pictures, drawn("--clip", "none", "--steps", 1)[0]) > 2
 
 
 def test_what_cannot_be_compiled_is_one_line(drawn, monkeypatch):
@@ -347,8 +369,8 @@ def test_a_file_that_is_no_checkpoint_is_one_message(drawn, ckpt, tmp_path, writ
 
 @pytest.mark.parametrize("config", [
     dict(model="unet"), dict(model="iuvit"), dict(model="vit"), dict(net=dict(TINY["uvit"], dim=64)),
-    dict(net=dict(TINY["uvit"], width=64)), dict(cond="none"), dict(info=dict(size=64, classes=["a"], flip=False))],
-    ids=str)
+    dict(net=dict(TINY["uvit"], width=64)), dict(cond="none"), dict(info=dict(size=64, classes=["a"], flip=False)),
+    dict(sample_steps="many"), dict(drop=None)], ids=str)
 def test_a_checkpoint_of_another_model_is_one_message(drawn, altered, config):
     with pytest.raises(data.UserError, match="altered.pt does not fit this code"):
         drawn("--ckpt", altered(**config))

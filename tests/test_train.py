@@ -362,6 +362,15 @@ def test_a_set_that_was_prepared_anew_does_not_continue_a_run(trained, monkeypat
         trained("--steps", 2)
 
 
+@pytest.mark.parametrize("whole", [{}, dict(model={})], ids=str)
+def test_a_checkpoint_that_is_not_of_a_run_is_refused_and_kept(trained, whole):
+    trained()
+    torch.save(whole, "run/ckpt.pt")
+    with pytest.raises(data.UserError, match="run/ckpt.pt is not of a run: choose another --out"):
+        trained("--steps", 9)
+    assert data.read_dict("run/ckpt.pt") == whole
+
+
 def test_fresh_moves_the_old_run_aside_whole(trained):
     old = {}
     for i in (1, 2):
