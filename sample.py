@@ -271,6 +271,7 @@ def settle(args, config):
         fail("--cfg needs a model trained with and without its condition; this one was not"
              + ("; `python train.py --init-from` trains it so" if cond != "none" else ""))
     args.cfg = args.cfg or [config["cfg"]]
+    args.clip = {scale: args.clip or clip_for(scale, config) for scale in args.cfg}
     args.sampler, args.steps = args.sampler or config["sampler"], args.steps or config["sample_steps"]
     args.prompt = args.prompt and with_files(args.prompt)
     if args.n is None:
@@ -541,10 +542,9 @@ def write_picture(path, picture):                                       # uint8 
 
 def what_decides(net, config, args, prompts):
     """All that determines the pictures in a folder, as JSON: the same command may go on with them later."""
-    names = "n batch sampler steps cfg classes attend seed device dtype compile".split()
+    names = "n batch sampler steps cfg clip classes attend seed device dtype compile".split()
     weights = data.digest(f"{name} {zlib.crc32(p.cpu().numpy().tobytes())}" for name, p in net.state_dict().items())
     asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, weights=weights,
-                 clip=[args.clip or clip_for(scale, config) for scale in args.cfg],
                  **{name: config[name] for name in ("schedule", "prediction", "clock")})
     return json.dumps(asked).encode()
 
@@ -675,7 +675,7 @@ def main():
                 continue                                                # drawn before the command was stopped
             part = slice(ids.start, ids.stop)
             how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale,
-                       clip=args.clip or clip_for(scale, config))
+                       clip=args.clip[scale])
             looking = (attention_maps(net, marked[which[part]].to(device), size) if args.attend
                        else contextlib.nullcontext())
             with looking as maps:

@@ -136,8 +136,9 @@ def print_table(presets, argv, batch, dtypes, modes, at_least):
 def print_growth(batch, dtype, mode, at_least):
     """Images per second of an IU-ViT and a U-Net, as one thing at a time grows: on a CPU networks for laptops, on a GPU
     those of CIFAR-10; in more and more processes, unet-shapes on both."""
-    gpu = torch.cuda.is_available()
-    vit, unet = ("iuvit-cifar10", "unet-cifar10") if gpu else ("iuvit-shapes", "unet-shapes")
+    # presets, the middle width of each, and patches along a side of the pictures that grow
+    vit, unet, vit_dim, unet_dim, grid = (("iuvit-cifar10", "unet-cifar10", 512, 128, 16) if torch.cuda.is_available()
+                                          else ("iuvit-shapes", "unet-shapes", 192, 32, 8))
 
     def line(what, preset, argv):
         r = row(preset, argv, batch, dtype, mode, at_least)
@@ -145,17 +146,17 @@ def print_growth(batch, dtype, mode, at_least):
                                                 f"{r['train']:9.1f} images/s")
         print(f"{preset:14}{what:28}{numbers}", flush=True)
 
-    for dim in (256, 512, 1024) if gpu else (96, 192, 384):
+    for dim in (vit_dim // 2, vit_dim, vit_dim * 2):
         line(f"width {dim}", vit, ["--net", json.dumps(dict(dim=dim, heads=dim // 64 or 1))])
     for patch in (8, 4, 2):
         line(f"patch {patch}, {(32 // patch)**2} tokens", vit,
-             ["--net", json.dumps(dict(patch_size=patch, dim=512 if gpu else 192))])
-    for dim in (64, 128, 256) if gpu else (16, 32, 64):
-        line(f"width {dim}", unet, ["--net", json.dumps(dict(dim=dim, head_dim=64 if gpu else dim))])
+             ["--net", json.dumps(dict(patch_size=patch, dim=vit_dim))])
+    for dim in (unet_dim // 2, unet_dim, unet_dim * 2):
+        line(f"width {dim}", unet, ["--net", json.dumps(dict(dim=dim, head_dim=min(dim, 64)))])
     for name, size in (("shapes", 32), ("shapes64", 64), ("emoji128", 128)):
         line(f"{size} pixels", unet, ["--data", name, "--cond", "none"])
-        patch = size // 16 if gpu else size // 8                # as many patches for pictures of every size
-        changes = json.dumps(dict(patch_size=patch, dim=512 if gpu else 256, heads=8 if gpu else 4))
+        patch = size // grid
+        changes = json.dumps(dict(patch_size=patch, dim=32 * grid, heads=grid // 2))    # 16 * 16 numbers of a patch fit
         line(f"{size} pixels, patch {patch}", vit, ["--data", name, "--cond", "none", "--net", changes])
     for n in (1, 2, 4, 8)[:(torch.cuda.device_count() or os.cpu_count()).bit_length()]:
         speed = speed_of_processes(n, batch, dtype, mode, steps=max(20, round(20 * at_least)))

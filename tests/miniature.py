@@ -346,12 +346,6 @@ def main():
                          for seed in range(seeds) for run in rows.values()})
     todo = [job for job, file in todo.items() if not file.exists()]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    sets = ["shapes64"] if names == ["large"] else ["shapes", "shapes-text", *["shapes64"] * ("large" in names)]
-    for name in sets if todo else []:                       # before two runs do it at the same time
-        data.prepare(name, ROOT / "datasets")
-    words = data.text_folder(data.set_folder("shapes-text", ROOT / "datasets"), "words")
-    if todo and "shapes-text" in sets and not Path(words, "meta.json").exists():
-        data.encode_set(data.open_set("shapes-text", ROOT / "datasets"), data.Words())
 
     def work(job):
         env = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else None
