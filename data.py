@@ -121,17 +121,11 @@ def write_file(path, write, sync=True):
     except BaseException as e:                          # also Ctrl-C
         with contextlib.suppress(OSError):
             os.unlink(part)
-        if isinstance(e, RuntimeError):                 # torch.save's: the cause is in its context
+        if type(e) is RuntimeError:                     # torch.save's, whose cause is in its context; a subclass is not
             e = e.__context__ or e
-        if isinstance(e, (OSError, RuntimeError)) and getattr(e, "filename", None) in (None, part):     # no other file
-            raise OSError(f"cannot write {path}: {e}")
+        if (isinstance(e, OSError) or type(e) is RuntimeError) and getattr(e, "filename", None) in (None, part):
+            raise OSError(f"cannot write {path}: {e}")  # but not: cannot read some other file
         raise
-
-
-def copy_file(path, to):
-    """Copy a file. The copy appears complete or not at all."""
-    with open(path, "rb") as f:
-        write_file(to, lambda copy: shutil.copyfileobj(f, copy))
 
 
 def npy_header(f, kind, *shape):
@@ -207,7 +201,8 @@ def read_dict(path):
 
 # ---- randomness with an address ------------------------------------------------------------------
 # There is no stream of random numbers. Each number is a hash of where it is used, so the thousandth
-# needs no 999 before it: a resumed run, or one with more workers, draws the same numbers.
+# needs no 999 before it: a resumed run, or one with more workers, draws the same numbers. (Two uses may have one
+# address: a sample's noise and that of a training step, say. This does no harm.)
 
 SHUFFLE, MIRROR, NOISE, CAPTION, SCENE, WORD = 1, 2, 3, 4, 5, 6         # purposes
 
@@ -489,7 +484,7 @@ def digest(lines):
     return h.hexdigest()
 
 
-def decode(raw):
+def to_text(raw):
     """The bytes of a text file -> str. Windows editors begin it with a byte-order mark, PowerShell with UTF-16's."""
     return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace")
 
@@ -502,9 +497,13 @@ class Place:
         """What to call a file in messages."""
         return os.fsdecode(name)
 
+
+class Files(Place):
+    """A Place whose names are paths, str."""
+
     def text(self, name):
         with self.open(name) as f:
-            return decode(f.read())
+            return to_text(f.read())
 
     def find(self, pattern):
         """Names whose last part matches."""
@@ -514,7 +513,7 @@ class Place:
         return [name for name in self.names if name.lower().endswith(EXTENSIONS)]
 
 
-class Folder(Place):
+class Folder(Files):
     """All files below a folder, also in linked folders. Sorted, because disks have orders of their own."""
 
     def __init__(self, src):
@@ -542,7 +541,7 @@ class Folder(Place):
         return open(os.path.join(self.src, name), "rb")
 
 
-class Zip(Place):
+class Zip(Files):
     """The files in a zip, as if in a folder: EDM's data sets, for example."""
 
     def __init__(self, src):
@@ -670,7 +669,7 @@ class Tars(Place):
         return io.BytesIO(self.read(name[0], name[2], name[3]))
 
     def captions(self, name):
-        return caption_lines(decode(self.read(name[0], name[4], name[5])))
+        return caption_lines(to_text(self.read(name[0], name[4], name[5])))
 
     def title(self, name):                              # a member's header is the block before it
         member = self.read(name[0], name[2] - 512, 100).split(b"\0")[0].decode(errors="replace")
@@ -931,8 +930,7 @@ def download_cifar(path):
             raise OSError("what arrived is not the published file: its sha256 differs")
         write_file(path, lambda f: f.write(blob))
     except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"cannot download {CIFAR_URL} ({e}): get it some other way, then "
-                        "`python data.py prepare cifar10 --src cifar-10-binary.tar.gz`")
+        raise UserError(f"cannot download {CIFAR_URL} ({e}): get it some other way, put it at {path}, and try again")
 
 
 def cifar_source(src, size, limit):
@@ -1066,13 +1064,13 @@ def imagenet_source(src, size, limit):
 # and right (those of birds hardly do); None: if there are no captions. crop: how pictures are cut unless --crop asks
 # for something else. src: what --src must be.
 
-BIG = functools.partial(folder_source, in_place=True)                   # CC12M and LAION as shards, bedroom as an lmdb
+IN_PLACE = functools.partial(folder_source, in_place=True)              # CC12M and LAION as shards, bedroom as an lmdb
 CELEBA = functools.partial(faces_source, images="img_align_celeba", attributes="list_attr_celeba",
                            split="list_eval_partition")
 CELEBA_HQ = functools.partial(faces_source, images="CelebA-HQ-img", attributes="CelebAMask-HQ-attribute-anno")
 BIRDS = dict(classes=numbered(200), captions=True, flip=True, source=birds_source, crop="bbox",
              src="the folder with CUB_200_2011 and, for captions, cvpr2016_cub")
-SHARDS = dict(classes=[], captions=True, flip=False, source=BIG, crop="square",
+SHARDS = dict(classes=[], captions=True, flip=False, source=IN_PLACE, crop="square",
               src="the folder of .tar shards that img2dataset wrote")
 LSUN = dict(size=256, classes=[], captions=False, flip=True, crop="square")
 
@@ -1089,7 +1087,7 @@ BUILT_IN = {
                         src="the folder with CelebA-HQ-img"),
     "church128":   dict(LSUN, size=128, source=folder_source, src="church_outdoor_train_lmdb"),
     "church256":   dict(LSUN, source=folder_source, src="church_outdoor_train_lmdb"),
-    "bedroom256":  dict(LSUN, source=BIG, src="bedroom_train_lmdb"),
+    "bedroom256":  dict(LSUN, source=IN_PLACE, src="bedroom_train_lmdb"),
     "cub64":       dict(BIRDS, size=64),
     "cub128":      dict(BIRDS, size=128),
     "imagenet64":  dict(size=64, classes=numbered(1000), captions=False, flip=True, source=imagenet_source,
@@ -1155,8 +1153,9 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     if meta:
         asked = dict(src=src, size=size, limit=limit, crop=crop, classes=classes)
         there = dict(meta, src=meta.get("source"), classes=meta.get("attributes"))
-        other = [f"--{k} {there[k]}" if there.get(k) else f"no --{k}" for k, v in asked.items()
-                 if v is not None and v != there.get(k)]
+        other = [k for k, v in asked.items() if v is not None and v != there.get(k)]
+        other = [f"--{k} {','.join(there[k]) if k == 'classes' else there[k]}" if there.get(k) else f"no --{k}"
+                 for k in other]
         if other:
             raise UserError(f"{folder} is already there, with {', '.join(other)}; "
                             f"to prepare it anew: {removal(folder)}")
@@ -1165,10 +1164,10 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
         raise not_there(name, data_dir) if name in BUILT_IN else UserError(
             f"which pictures? Name their folder with --src FOLDER: {row['src']}")
     # a killed prepare leaves a lock; whatever else it left is replaced
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    if ".lock" not in there and any(not name.startswith(".") for name in there):
+    files = os.listdir(folder) if os.path.isdir(folder) else []
+    if ".lock" not in files and any(not name.startswith(".") for name in files):
         raise UserError(f"{folder} holds files, and no set: choose another name, or move them away")
-    if "text" in there:                                 # perhaps days of work, so not ours to replace
+    if "text" in files:                                 # perhaps days of work, so not ours to replace
         raise UserError(f"{folder} holds features of captions that were there before: "
                         f"{removal(Path(folder, 'text'))}, or move that away")
     try:
@@ -1184,6 +1183,8 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
                 how["classes"] = classes
             convert(row["source"](src, size or row["size"], limit, **how), folder,
                     dict(name=name, flip=row["flip"], limit=limit, attributes=classes))
+    except BrokenPipeError:                             # of the output, which nobody reads: the set is complete
+        raise
     except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"cannot prepare {name}: {e}")      # RuntimeError: a zip with a password
     return True
@@ -1322,7 +1323,7 @@ class Pictures:
                 y = self.labels = np.load(os.path.join(folder, "labels.npy"))
                 if (y.dtype, y.ndim) != (np.int64, 1) or not 0 <= y.min() <= y.max() < len(self.classes):
                     raise ValueError(f"its labels are not int64 classes below {len(self.classes)}")
-            if captions.exists():
+            if captions.exists() or meta.get("captions") and self.place is None:
                 self.captions = read_lines(captions)
             parts = (self.place.names if self.place else self.images, self.labels, self.captions)
             if any(len(part) != self.n for part in parts if part is not None):
@@ -1535,8 +1536,9 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
         """The meta.json of a part, or of the whole for "", with so many pictures; None if that is not done yet."""
         meta = read_meta(folder / name, FEATURES)
         if meta and (meta["n"], meta["encoder"], meta["part"]) != (count, encoder.name, PART):
-            raise UserError(f"{folder / name} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to "
-                            f"encode anew: {removal(folder / name)}")
+            kind = LocalError if name else UserError    # a part is seen by one process alone
+            raise kind(f"{folder / name} is already there, of {meta['n']:,} pictures by {meta['encoder']}; to encode "
+                       f"anew: {removal(folder / name)}")
         return meta
 
     if complete("", n):
@@ -1581,7 +1583,7 @@ class Features:
         self.folder, meta = folder, read_meta(folder, FEATURES)
         if not meta:
             raise UserError(f"{folder} holds no complete text features: encode first")
-        self.encoder, self.width, self.n, self.part_size = (meta[key] for key in FEATURES)
+        self.encoder, self.width, self.n, self.part_size = (meta[key] for key in ("encoder", "width", "n", "part"))
         self.part = functools.lru_cache(OPEN_PARTS)(self.open)
         tokens, offsets, _ = self.part(0)
         self.null = np.array(tokens[offsets[-2]:])
@@ -1618,6 +1620,38 @@ class Features:
         return [self.row(i, d) for i, d in zip(index.tolist(), draw.tolist())]
 
 
+# ---- whose captions, by which encoder -------------------------------------------------------------
+
+def text_set(name):
+    """The set that --cond text learns from: shapes have one of their own, with up to two objects."""
+    return f"{name}-text" if name in ("shapes", "shapes64") else name
+
+
+def find_encoder(name, data_dir, asked):
+    """--encoder -> (full name, width) of an encoder whose features a set has (those of words may come later). Without
+    --encoder: words for drawn captions and emoji, else the only one there is. Otherwise UserError, with a list."""
+    folder = set_folder(name, data_dir)
+    meta = read_meta(folder)
+    if not meta and name not in NO_SOURCE:
+        raise not_there(name, data_dir)
+    if meta and not meta.get("captions", True):
+        raise UserError(f"{name} has no captions: prepare it with some, or leave --cond text out")
+    found = sorted(path.parent for path in Path(folder, "text").glob("*/meta.json"))
+    there = {path.name: read_meta(path, FEATURES) for path in found}
+    if not asked:
+        asked = "words" if name in NO_SOURCE else list(there)[0] if len(there) == 1 else ""
+    if known := there.get(os.path.basename(text_folder(folder, asked))):
+        return known["encoder"], known["width"]
+    if asked == "words":
+        return Words.name, Words.width
+    have = f"there are {', '.join(there)}" if there else "it has none"
+    what = f"{name} has no text features by {asked}" if asked else f"which text features of {name}? Name an --encoder"
+    where = "" if data_dir == "datasets" else f" --data-dir {shlex.quote(str(data_dir))}"
+    raise UserError(f"{what}; {have}. `python data.py encode {name} --encoder {asked or 'words'}{where}` makes some")
+
+
+# ---- conditions of a batch ------------------------------------------------------------------------
+
 def pad(rows, multiple=8):
     """[float16 (L_i, d)] -> float16 (B, L, d), 0 beyond each text, and mask (B, L), True where it has a token. L is the
     longest, rounded up to a multiple of 8, or of more: shapes are then few and suit hardware."""
@@ -1643,31 +1677,6 @@ def drop(cond, null, chosen):
     """cond, with the null condition in the chosen rows, bool (B,). Guidance needs a network that learned both."""
     return [torch.where(chosen.view(-1, *[1] * (c.dim() - 1)), empty, c)
             for c, empty in zip(cond, null_like(cond, null))]
-
-
-def captioned_name(name):
-    """The set that --cond text learns from: shapes have one of their own, with up to two objects."""
-    return f"{name}-text" if name in ("shapes", "shapes64") else name
-
-
-def find_encoder(name, data_dir, asked):
-    """--encoder -> (full name, width) of an encoder whose features a set has (those of words may come later). Without
-    --encoder: words for drawn captions and emoji, else the only one there is. Otherwise UserError, with a list."""
-    folder = set_folder(name, data_dir)
-    if not (read_meta(folder) or {}).get("captions", True):
-        raise UserError(f"{name} has no captions: prepare it with some, or leave --cond text out")
-    found = sorted(path.parent for path in Path(folder, "text").glob("*/meta.json"))
-    there = {path.name: read_meta(path, FEATURES) for path in found}
-    if not asked:
-        asked = "words" if name in NO_SOURCE else list(there)[0] if len(there) == 1 else ""
-    if known := there.get(os.path.basename(text_folder(folder, asked))):
-        return known["encoder"], known["width"]
-    if asked == "words":
-        return Words.name, Words.width
-    have = f"there are {', '.join(there)}" if there else "it has none"
-    what = f"{name} has no text features by {asked}" if asked else f"which text features of {name}? Name an --encoder"
-    where = "" if data_dir == "datasets" else f" --data-dir {shlex.quote(str(data_dir))}"
-    raise UserError(f"{what}; {have}. `python data.py encode {name} --encoder {asked or 'words'}{where}` makes some")
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -1905,7 +1914,7 @@ def open_or_prepare(name, data_dir):
     return open_set(name, data_dir)
 
 
-def captioned(image, text, lines=2):
+def with_caption(image, text, lines=2):
     """uint8 (3, S, S), or wider -> (3, H, W), at least 128 pixels wide, with lines of text below."""
     scale = max(1, 128 // image.shape[-1])
     image = image.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -1927,7 +1936,7 @@ def show(name, data_dir, out):
         texts = [pictures.captions[i][0] for i in chosen]
     elif classes:
         texts = [classes[pictures.labels[i]] for i in chosen]
-    sheet = grid(np.stack([captioned(image, text) for image, text in zip(images, texts)]), 8, gap=6)
+    sheet = grid(np.stack([with_caption(image, text) for image, text in zip(images, texts)]), 8, gap=6)
     try:
         sheet.save(out)
     except (OSError, ValueError) as e:                  # ValueError: an unknown extension
@@ -1962,7 +1971,7 @@ def export(name, data_dir, out, limit):
 def encode_command(name, data_dir, encoder, limit):
     """Under torchrun the processes share the parts of a set; but one that is drawn here, the first does alone."""
     rank, world = processes()
-    name = captioned_name(name)
+    name = text_set(name)
     if name in NO_SOURCE:
         if rank > 0:
             return
@@ -2007,7 +2016,7 @@ def parse(argv):
     p.add_argument("--classes", metavar="A,B", type=lambda text: text.split(","),
                    help="celeba64, celebahq256: attributes to be classes, like Smiling")
     p = command("show", "draw a sheet of its pictures")
-    p.add_argument("--out", metavar="FILE.png", help="default: show.png beside the set")
+    p.add_argument("--out", metavar="FILE.png", help="default: show.png in the set's folder")
     p = command("export", "write single PNGs and an .npz")
     p.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder")
     p.add_argument("--limit", metavar="N", type=int, help="only the first N")

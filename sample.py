@@ -259,7 +259,8 @@ def parse(argv):
 
 
 def settle(args, config):
-    """Fill in from the run what was not asked for. UserError for what its network cannot do."""
+    """Fill in from the run what was not asked for: n, sampler, steps; scales, the list of --cfg; clips, how to clip at
+    each of them. UserError for what its network cannot do."""
     cond = config["cond"]
     for name, needed in dict(classes="class", prompt="text", attend="text", encoder="text").items():
         if getattr(args, name) and cond != needed:
@@ -270,16 +271,16 @@ def settle(args, config):
     if args.cfg not in (None, [1]) and (cond == "none" or config["drop"] == 0):
         fail("--cfg needs a model trained with and without its condition; this one was not"
              + ("; `python train.py --init-from` trains it so" if cond != "none" else ""))
-    args.cfg = args.cfg or [config["cfg"]]
-    args.clip = {scale: args.clip or clip_for(scale, config) for scale in args.cfg}
+    args.scales = args.cfg or [config["cfg"]]
+    args.clips = {scale: args.clip or clip_for(scale, config) for scale in args.scales}
     args.sampler, args.steps = args.sampler or config["sampler"], args.steps or config["sample_steps"]
     args.prompt = args.prompt and with_files(args.prompt)
     if args.n is None:
-        args.n = 8 if len(args.cfg) > 1 else 64
+        args.n = 8 if len(args.scales) > 1 else 64
         if args.prompt:                                                 # at most eight of each, and at least one
             args.n = max(1, args.n // max(8, len(args.prompt))) * len(args.prompt)
-    if len(args.cfg) > 1 and len(args.cfg) * args.n > SHEET:
-        fail(f"a sheet holds {SHEET:,} pictures, and {len(args.cfg)} rows of {args.n:,} are more: use a smaller --n")
+    if len(args.scales) > 1 and len(args.scales) * args.n > SHEET:
+        fail(f"a sheet holds {SHEET:,} pictures, and {len(args.scales)} rows of {args.n:,} are more: use a smaller --n")
 
 
 def with_files(prompts):
@@ -288,7 +289,7 @@ def with_files(prompts):
     for prompt in prompts:
         if prompt.startswith("@"):
             try:
-                lines = data.decode(Path(prompt[1:]).read_bytes()).splitlines()
+                lines = data.to_text(Path(prompt[1:]).read_bytes()).splitlines()
             except OSError as e:
                 fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
             found += [line.strip() for line in lines if line.strip()]
@@ -332,6 +333,28 @@ def features_of(prompts, args, text, limit):
                 print(f"note: a prompt of {len(tokens):,} tokens is cut to {limit}: {prompt[:60]!r}...")
         rows = data.encode(encoder, prompts)
     return rows, mark(args.attend, prompts, encoder) if args.attend else None
+
+
+def what_to_draw(args, config, limit):
+    """What each of the n pictures shows: picture i class, or prompt, i mod their number -> wanted, for `draw`; asked,
+    the same for people, arr_1 of the .npz; labels, for below the pictures; kinds of the prompts, for the scorer;
+    marks, bool (n, L): which tokens --attend watches. What is not there is None. limit: as in features_of."""
+    if config["cond"] == "none":
+        return [], None, None, None, None
+    if config["cond"] == "class":
+        names = config["info"]["classes"]
+        wanted = classes_of(args, names)
+        labels = [names[c] for c in wanted] if len(args.scales) > 1 else None
+        return wanted, wanted.numpy(), labels, None, None
+    prompts, kinds = args.prompt or config["text"]["captions"], ["as asked"] * args.n
+    if args.score and not args.prompt:
+        prompts, kinds = data.asked_scenes(args.n)                      # no training has seen their pictures
+    rows, marked = features_of(prompts, args, config["text"], limit)
+    which = [i % len(prompts) for i in range(args.n)]
+    labels = [prompts[i] for i in which]
+    if args.score:
+        data.score_captions([], labels)                                 # can they be scored?
+    return [rows[i] for i in which], np.array(labels), labels, kinds, marked[which] if args.attend else None
 
 
 # ---- where the network looks --------------------------------------------------------------------------
@@ -521,13 +544,13 @@ def sheet_of(pictures, args, labels):
     """One PIL picture: a row for each guidance scale, else a column for each prompt, or about a square; labels (n,), or
     None."""
     columns = min(16, round(len(pictures) ** 0.5))
-    if len(args.cfg) > 1:
-        columns, labels = args.n, [f"{scale:g}: {label}" for scale in args.cfg for label in labels]
+    if len(args.scales) > 1:
+        columns, labels = args.n, [f"{scale:g}: {label}" for scale in args.scales for label in labels]
     elif args.prompt and 1 < len(args.prompt) <= 16:
         columns = len(args.prompt)
     pictures = pictures[:SHEET]
     if labels:
-        pictures = np.stack([data.captioned(picture, label, lines=3) for picture, label in zip(pictures, labels)])
+        pictures = np.stack([data.with_caption(picture, label, lines=3) for picture, label in zip(pictures, labels)])
     return data.grid(pictures, columns, gap=6 if labels else 2)
 
 
@@ -542,7 +565,7 @@ def write_picture(path, picture):                                       # uint8 
 
 def what_decides(net, config, args, prompts):
     """All that determines the pictures in a folder, as JSON: the same command may go on with them later."""
-    names = "n batch sampler steps cfg clip classes attend seed device dtype compile".split()
+    names = "n batch sampler steps scales clips classes attend seed device dtype compile".split()
     weights = data.digest(f"{name} {zlib.crc32(p.cpu().numpy().tobytes())}" for name, p in net.state_dict().items())
     asked = dict({name: getattr(args, name) for name in names}, prompts=prompts, weights=weights,
                  **{name: config[name] for name in ("schedule", "prediction", "clock")})
@@ -585,7 +608,7 @@ def hold(out, command):
 
 @contextlib.contextmanager
 def errors_in_a_line(batch):
-    """What goes wrong while a network runs becomes one line."""
+    """Too little memory, or a failure of torch.compile, while a network runs becomes one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -632,25 +655,8 @@ def main():
     settle(args, config)
     model = compile_network(net, graphs=True) if args.compile else net
 
-    # what to draw: image i shows class, or prompt, i mod their number
-    size, names = config["info"]["size"], config["info"]["classes"]
-    # wanted is for `draw`, asked the same for people (arr_1 of the .npz), labels what is written below the pictures;
-    # kinds: of what kind each prompt is, for the scorer
-    wanted, asked, kinds, labels = [], None, None, None
-    if config["cond"] == "class":
-        wanted = classes_of(args, names)
-        asked = wanted.numpy()
-        labels = [names[c] for c in wanted] if len(args.cfg) > 1 else None
-    elif config["cond"] == "text":
-        prompts, kinds = args.prompt or config["text"]["captions"], ["as asked"] * args.n
-        if args.score and not args.prompt:
-            prompts, kinds = data.asked_scenes(args.n)                  # no training has seen their pictures
-        rows, marked = features_of(prompts, args, config["text"], getattr(net, "text_len", data.MAX_TOKENS))
-        which = [i % len(prompts) for i in range(args.n)]
-        wanted, labels = [rows[i] for i in which], [prompts[i] for i in which]
-        asked = np.array(labels)
-        if args.score:
-            data.score_captions([], labels)                             # can they be scored?
+    size = config["info"]["size"]
+    wanted, asked, labels, kinds, marks = what_to_draw(args, config, getattr(net, "text_len", data.MAX_TOKENS))
 
     # where it goes
     out, folder = args.out, args.out.suffix != ".png"
@@ -667,7 +673,7 @@ def main():
     # fixed blocks of `batch` pictures, each on one rank: what is in a block does not depend on the number of ranks.
     # Picture i has the same noise at every guidance scale
     blocks = [(scale, range(args.n)[first:first + args.batch])
-              for scale in args.cfg for first in range(0, args.n, args.batch)]
+              for scale in args.scales for first in range(0, args.n, args.batch)]
     drawn, multiple = {}, 64 if args.compile else 8                     # it is compiled anew for each length of texts
     with autocast(device, args.dtype), errors_in_a_line(args.batch):
         for scale, ids in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
@@ -675,8 +681,8 @@ def main():
                 continue                                                # drawn before the command was stopped
             part = slice(ids.start, ids.stop)
             how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale,
-                       clip=args.clip[scale])
-            looking = (attention_maps(net, marked[which[part]].to(device), size) if args.attend
+                       clip=args.clips[scale])
+            looking = (attention_maps(net, marks[part].to(device), size) if args.attend
                        else contextlib.nullcontext())
             with looking as maps:
                 pictures = draw(model, how, wanted[part], ids, device, multiple)
@@ -708,9 +714,9 @@ def main():
         shown = {} if asked is None else dict(arr_1=asked)
         data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **shown))
     cut = f" (the first {SHEET:,})" if not folder and args.n > SHEET else ""
-    print(f"{args.n * len(args.cfg)} pictures from {path}: {out}{cut}" + (f", {args.npz}" if args.npz else ""))
+    print(f"{args.n * len(args.scales)} pictures from {path}: {out}{cut}" + (f", {args.npz}" if args.npz else ""))
     if args.score:
-        for i, scale in enumerate(args.cfg):
+        for i, scale in enumerate(args.scales):
             these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
             tell_score(these, asked, kinds, f"{args.sampler} {args.steps}, guidance {scale:g}")
 

@@ -278,8 +278,8 @@ def recorded(out):
 
 
 def inherited(asked, fresh):
-    """The fields of the config that the weights of --init-from decide. Flags and a preset's model may not contradict
-    them; the preset's other fields give way.
+    """The fields of the config that the weights of --init-from decide. Flags (but --cond, and dropout) and a preset's
+    model may not contradict them; the preset's other fields give way.
 
     Once the run has its own checkpoint, which says the same, the file is no longer needed."""
     path, name = asked["init_from"], asked["data"]
@@ -306,7 +306,9 @@ def inherited(asked, fresh):
 
 
 def parse(argv):
-    """argv -> (Config, fresh, dry_run). Every mistake is a data.UserError that says what is allowed."""
+    """argv -> (Config, fresh, dry_run). Every mistake is a data.UserError that says what is allowed.
+
+    fresh: start over, as --fresh asks."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: fail(f"{message} (python train.py --help lists all flags)")
@@ -326,8 +328,13 @@ def parse(argv):
 
     if empty := [field for field, value in asked.items() if value == ""]:           # --init-from "$FORGOTTEN"
         fail(f"--{empty[0].replace('_', '-')} must not be empty")
+    config = resolve(asked, fresh)
+    check(config)
+    return config, fresh, dry_run
 
-    # which row
+
+def resolve(asked, fresh):
+    """The flags given, {field: value} -> a Config: a row of PRESETS and what else they imply. fresh: see parse."""
     name = asked.get("preset") or ("" if asked.get("init_from") else nearest_preset(asked))
     if name and name not in PRESETS:
         fail(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
@@ -348,7 +355,7 @@ def parse(argv):
         config.cond = "class" if classes else "none"    # the row was made for another set
     if config.cond == "text":
         config.net.setdefault("text_dim", 1024)         # as in the paper's table; a run takes its features' width
-        if not data.BUILT_IN.get(data.captioned_name(config.data), {}).get("captions", True):
+        if not data.BUILT_IN.get(data.text_set(config.data), {}).get("captions", True):
             fail(f"{config.data} has no captions: use --cond {'class' if classes else 'none'}")
         if config.cfg > 2 and "clip" not in row and "clip" not in asked:
             config.clip = "dynamic"                     # strong guidance saturates
@@ -368,9 +375,7 @@ def parse(argv):
         fail(f"--out must name a folder of its own, not {config.out}")
     if fresh and config.init_from and Path(config.out).resolve() in Path(config.init_from).resolve().parents:
         fail(f"--fresh would move {config.init_from} away, which --init-from is to read: choose another --out")
-
-    check(config)
-    return config, fresh, dry_run
+    return config
 
 
 def check(config):
@@ -477,20 +482,20 @@ def start_from(net, config, info):
     own, key, classes = net.state_dict(), "class_embed.weight", info["classes"]
     numbers = [str(i) for i in range(len(classes))]     # published files have no names
     kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
-    if not kept:
-        weights.pop(key, None)
-        if key in own:
-            weights[key] = own[key]
     try:
+        if not kept:
+            weights.pop(key, None)
+            if key in own:
+                weights[key] = own[key]
         sample.load_weights(net, weights)
-    except (ValueError, AttributeError) as e:
+    except (AttributeError, TypeError, ValueError) as e:
         fail(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
              f"{info['size']}x{info['size']} pictures: {e}")
     anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
     return f"starting from {config.init_from}{anew}"
 
 
-def prepare(config, source):
+def make_data(config, source):
     """On first use, make a built-in set (which may be a long download), and features of its captions by words."""
     if source in data.BUILT_IN:
         data.prepare(source, config.data_dir)
@@ -589,9 +594,9 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 
 def listen_for_stops(worker=None):
-    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list, to which the first signal is appended for the loop to see;
-    a later one kills. (Not a tensor: while torch.compile traces, a new one would be a fake.) A grid that is being drawn
-    is finished first, which may take longer than a scheduler waits; but the checkpoint was saved before it.
+    """Catch Ctrl-C, SIGTERM and a closed terminal -> a list, to which signals are appended for the loop to see; after 3
+    seconds, another one kills. (Not a tensor: while torch.compile traces, a new one would be a fake.) A grid that is
+    being drawn is finished first, which may take longer than a scheduler waits; but the checkpoint was saved before it.
 
     Loader workers survive the first signal, too: the step that training still finishes may need their batch. (`worker`
     is what DataLoader passes them.)"""
@@ -662,7 +667,7 @@ BAD_STEPS = 100         # a run stops after this many non-finite gradients in a 
 
 def main():
     config, fresh, dry_run = parse(sys.argv[1:])
-    source = data.captioned_name(config.data) if config.cond == "text" else config.data
+    source = data.text_set(config.data) if config.cond == "text" else config.data
     info = data.describe(source, config.data_dir)
     if config.cond == "text" and not dry_run:
         choose_encoder(config, source, fresh)
@@ -699,7 +704,7 @@ def main():
 
     # data, and the run's folder: rank 0 makes what is missing, and the others wait
     if main_rank:
-        prepare(config, source)
+        make_data(config, source)
         lock = claim(out)                                           # held to the end of this function
         if store:
             store.set("ready", "yes")
@@ -721,7 +726,7 @@ def main():
     params, averaged = list(net.parameters()), list(ema.parameters())
     opt = torch.optim.AdamW(params, lr=config.lr, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay, fused=True)
-    start, seconds, skipped = resume(record, net, ema, opt)         # skipped: steps whose gradient was not finite
+    start, seconds, skipped_before = resume(record, net, ema, opt)  # skipped: steps whose gradient was not finite
     if world > 1:
         same = {key: value for key, value in record.items() if key not in ("out", "data_dir", "workers", "info")}
         found = [None] * world
@@ -777,28 +782,11 @@ def main():
         atexit.register(shut_down, weakref.ref(batches))
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    skipped, in_row = torch.tensor([skipped, 0], dtype=torch.float32, device=device)        # in_row: skipped in a row
+    skipped, in_row = torch.tensor([skipped_before, 0.0], device=device)                    # in_row: skipped in a row
     logged = saved = start                                          # steps of the last row and the last checkpoint
     began, since = now() - seconds, now()       # since: when the last row was logged, later by all pauses
     bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", dynamic_ncols=True,
                mininterval=1 if sys.stderr.isatty() else 60)        # a log file would grow by a line a second
-
-    def next_batch(step):
-        """x0, t, eps, cond: this process's rows of batch number `step`, counted from 0. Times, noise and dropped
-        conditions follow from (seed, step), the pictures from the seed and their numbers in the run, so that a resumed
-        run does the same."""
-        g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
-        t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]
-        eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
-        eps = eps.contiguous()                                      # a copy, which frees the noise of other processes
-        dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
-        pinned = device.type == "cuda"          # on Macs the memory may be reused too soon (PyTorch's issue 189690)
-        x0, *cond = (part.to(device, non_blocking=pinned) for part in next(batches))
-        x0 = x0.float().div_(127.5).sub_(1)                         # (b, 3, S, S) in [-1, 1]
-        cond = data.drop(cond, null, dropped) if config.cond != "none" else []      # drop: for guidance
-        if config.cond == "text":
-            cond[0] = cond[0].float()                               # (b, L, d); cond[1]: mask (b, L)
-        return x0, t, eps, cond                                     # b rows each
 
     def log(step):
         """Write a row of log.csv, about the steps since the last one."""
@@ -854,10 +842,9 @@ def main():
                 # all that a resumed run cannot work out: the rest follows from config, seed and step
                 ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), text=text, step=step,
                             skipped=int(skipped), seconds=now() - began, config=record)
-                data.write_file(out / "ckpt.pt", lambda f: torch.save(ckpt, f))
+                for name in [f"ckpt_{step:07d}.pt", "ckpt.pt"] if kept else ["ckpt.pt"]:
+                    data.write_file(out / name, lambda f: torch.save(ckpt, f))
             saved = step
-        if kept and main_rank and not (kept_file := out / f"ckpt_{step:07d}.pt").exists():
-            data.copy_file(out / "ckpt.pt", kept_file)          # not a hard link: a cp onto ckpt.pt would change it
         sheet = out / f"samples/step_{step:07d}.png"                # `start` may have none, after a stop or a kill
         drawn = step == start and sheet.exists()
         if step > 0 and (step % config.sample_every == 0 or last) and not (drawn or leaving):
@@ -867,8 +854,21 @@ def main():
         if leaving or last:
             break
 
-        # the next step
-        x0, t, eps, cond = next_batch(step)
+        # the next step: this process's rows of the next batch. Times, noise and dropped conditions follow from (seed,
+        # step), the pictures from the seed and their numbers in the run, so that a resumed run does the same
+        g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
+        t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]   # (b,)
+        eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
+        eps = eps.contiguous()                                      # a copy, which frees the noise of other processes
+        dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
+        pinned = device.type == "cuda"          # on Macs the memory may be reused too soon (PyTorch's issue 189690)
+        x0, *cond = (part.to(device, non_blocking=pinned) for part in next(batches))
+        x0 = x0.float().div_(127.5).sub_(1)                         # (b, 3, S, S) in [-1, 1]
+        cond = data.drop(cond, null, dropped) if config.cond != "none" else []      # drop: for guidance
+        if config.cond == "text":
+            cond[0] = cond[0].float()                               # (b, L, d); cond[1]: mask (b, L)
+
+        # forward, backward, update
         opt.param_groups[0]["lr"] = learning_rate(config, step)
         for m in range(config.accum):
             torch.manual_seed(data.seed32(config.seed, step, m, rank))                  # for nn.Dropout

@@ -118,7 +118,7 @@ SHOWN, SCORED = 10, 96                                      # samples in a figur
 def command(run, seed):
     """The command line of a run, and the facts of its row."""
     config, _, _ = train.parse(RUNS[run])
-    info = data.describe(data.captioned_name(config.data) if config.cond == "text" else config.data, config.data_dir)
+    info = data.describe(data.text_set(config.data) if config.cond == "text" else config.data, config.data_dir)
     params, flops = train.measure(config, info, tokens=16)  # as captions of shapes have, with padding
     steps = round((LARGE if run.startswith("large") else TERAFLOPS) * 1e12 / (3 * flops * config.batch))
     argv = [*RUNS[run], "--seed", seed, "--steps", steps, "--out", FOLDER / f"{run}-{seed}",

@@ -267,7 +267,8 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_no_file(harm, says, ar
     monkeypatch.setattr(data, "CIFAR_URL", url)
     if harm == "another":
         archive.write_bytes(archive.read_bytes() + b"more")
-    with pytest.raises(data.UserError, match=f"{says}.*prepare cifar10 --src"):
+    place = re.escape(str(tmp_path / "sets" / os.path.basename(url)))           # where the next prepare looks for it
+    with pytest.raises(data.UserError, match=f"{says}.*: get it some other way, put it at {place}, and try again"):
         data.prepare("cifar10", tmp_path / "sets")
     assert files_in(tmp_path / "sets") == ["cifar10"] and files_in(tmp_path / "sets/cifar10") == []
 
@@ -823,6 +824,13 @@ def test_an_error_names_the_file_it_is_about(tmp_path):
         data.write_file(tmp_path / "absent/new", lambda f: f.write(b"x"))
     with pytest.raises(OSError, match=r"^\[Errno 2\] No such file or directory: '.*/source'"):
         data.write_file(tmp_path / "new", lambda f: f.write((tmp_path / "source").read_bytes()))
+
+    def encode(f):
+        raise torch.OutOfMemoryError("the GPU is full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="^the GPU is full"):              # it is not about the file at all
+        data.write_file(tmp_path / "new", encode)
+    assert files_in(tmp_path) == []
 
 
 def test_what_is_no_ordinary_file_is_never_replaced(tmp_path):

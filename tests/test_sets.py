@@ -248,6 +248,8 @@ def test_training_on_a_published_set_that_is_not_there_says_how_to_prepare_it(tm
     monkeypatch.chdir(tmp_path)
     with pytest.raises(data.UserError, match="cub64 is not in datasets yet: `python data.py prepare cub64 --src PATH`"):
         trained("cub64", "run")
+    with pytest.raises(data.UserError, match="cub64 is not in datasets yet: `python data.py prepare cub64 --src PATH`"):
+        trained("cub64", "run", "--cond", "text")
     assert files_in(tmp_path) == []
 
 

@@ -831,11 +831,12 @@ def test_keep_every_leaves_checkpoints_that_can_be_drawn_from(trained):
     assert data.read_dict("kept/ckpt_0000002.pt")["step"] == 2
     train.sample.load("kept/ckpt_0000002.pt")
     assert train.stem("kept/ckpt_0000002.pt") == "kept-0000002" and train.stem("kept/ckpt.pt") == "kept"
-    Path("kept/ckpt_0000004.pt").unlink()
+    ends = [data.read_dict(f"kept/{file}")["model"] for file in files]
     Path("kept/ckpt.pt").write_bytes(Path("kept/ckpt_0000002.pt").read_bytes())
-    Path("kept/ckpt_0000002.pt").unlink()                                       # killed between the two
+    Path("kept/ckpt_0000004.pt").write_bytes(b"")       # killed between the two of step 4: it is written again
     trained("--steps", 5, "--save-every", 100, "--keep-every", 2, out="kept")
     assert sorted(path.name for path in Path("kept").glob("ckpt*")) == files
+    assert not any(differences(end, data.read_dict(f"kept/{file}")["model"]) for end, file in zip(ends, files))
 
 
 @pytest.mark.parametrize("steps, sheets", [(2, [2]), (3, [2, 3])], ids=["finished", "continued"])
@@ -953,9 +954,10 @@ def test_a_file_where_the_run_should_go_is_kept(trained, out):
     assert Path("notes").read_text() == "mine"
 
 
-def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
+@pytest.mark.parametrize("argv", [["train.py", "--dry-run"], ["data.py", "prepare", "shapes", "--limit", "9"]])
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path, argv):
     """As in `python train.py --dry-run | head -0`."""
-    run = subprocess.Popen([sys.executable, ROOT / "train.py", "--dry-run"], cwd=tmp_path, text=True,
+    run = subprocess.Popen([sys.executable, ROOT / argv[0], *argv[1:]], cwd=tmp_path, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run.stdout.close()
     assert (run.wait(timeout=100), run.stderr.read()) == (0, "")
