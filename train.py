@@ -728,16 +728,13 @@ def main():
                             weight_decay=config.weight_decay, fused=True)
     start, seconds, skipped_before = resume(record, net, ema, opt)  # skipped: steps whose gradient was not finite
     if world > 1:
-        same = {key: value for key, value in record.items() if key not in ("out", "data_dir", "workers", "info")}
+        mine = {"steps done in --out": start, "pictures, by their fingerprint": pictures.fingerprint,
+                **{key: value for key, value in record.items() if key not in ("out", "data_dir", "workers", "info")}}
         found = [None] * world
-        dist.all_gather_object(found, (start, pictures.fingerprint, same))
-        starts, sets, records = zip(*found)
-        if len(set(starts)) > 1:
-            fail(f"processes find {out} at different steps {list(starts)}: all nodes must see the same --out")
-        if len(set(sets)) > 1:
-            fail(f"processes find different pictures in {pictures.folder}: prepare it alike on all nodes")
-        if other := [key for key in same if any(there[key] != same[key] for there in records)]:
-            fail(f"processes have different settings ({', '.join(other)}): give all nodes the same flags")
+        dist.all_gather_object(found, mine)
+        values = {key: [there[key] for there in found] for key in mine}
+        if other := [f"{key}: {reprlib.repr(seen)}" for key, seen in values.items() if any(v != seen[0] for v in seen)]:
+            fail(f"processes differ ({'; '.join(other)}): all nodes need the same flags, --out and pictures")
     if main_rank and start < config.steps:
         print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
               f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "

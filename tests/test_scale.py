@@ -1,6 +1,7 @@
 """What can happen to a long run on many machines: processes that die, nodes that join, disks that fill up."""
 import contextlib
 import os
+import re
 import resource
 import signal
 import socket
@@ -110,7 +111,7 @@ def test_torchrun_replaces_a_process_that_dies_and_the_run_goes_on_by_itself(tor
     assert column("step", tmp_path / "run") == [1, 2, 3, 4, 5, 6]
 
 
-def test_two_nodes_have_the_losses_and_gradients_of_one_process_and_must_see_one_folder(torchrun, datasets, tmp_path):
+def test_two_nodes_have_the_losses_and_gradients_of_one_process_and_must_agree(torchrun, datasets, tmp_path):
     argv = [*flags_of("ascend", datasets, "nodes"), "--steps", 3]
 
     def nodes(*more):                                   # flags of each
@@ -126,17 +127,13 @@ def test_two_nodes_have_the_losses_and_gradients_of_one_process_and_must_see_one
     command("train.py", *argv, "--out", "one", cwd=tmp_path)
     assert column("loss", tmp_path / "nodes") == pytest.approx(column("loss", tmp_path / "one"), rel=1e-4)
     assert column("grad_norm", tmp_path / "nodes") == pytest.approx(column("grad_norm", tmp_path / "one"), rel=1e-3)
-    printed, codes = nodes(["--steps", 4], ["--steps", 4, "--out", "elsewhere"])
-    assert 0 not in codes
-    for text in printed:
-        assert "at different steps [3, 0]: all nodes must see the same --out" in text, text
     command("data.py", "prepare", "shapes", "--limit", 100, "--data-dir", tmp_path)
-    printed, codes = nodes(["--out", "new"], ["--out", "new", "--data-dir", tmp_path])
+    printed, codes = nodes(["--steps", 4], ["--steps", 4, "--out", "elsewhere", "--data-dir", tmp_path, "--lr", 0.5])
     assert 0 not in codes
     for text in printed:
-        assert "different pictures in" in text and "prepare it alike on all nodes" in text, text
-    printed, codes = nodes(["--out", "other"], ["--out", "other", "--lr", 0.5, "--log-every", 2])
-    assert 0 not in codes and all("different settings (lr, log_every)" in text for text in printed), "\n".join(printed)
+        assert re.search(r"processes differ \(steps done in --out: \[3, 0\]; pictures, by their fingerprint: "
+                         r"\['\w{16}', '\w{16}'\]; lr: \[[\d.]+, 0\.5\]\): all nodes need the same flags, --out and "
+                         "pictures", text), text
 
 
 def test_a_job_of_which_a_scheduler_tells_every_process_to_stop_saves(torchrun, datasets, tmp_path):
