@@ -65,26 +65,50 @@ class LocalError(UserError):
     UserError is reported only by the first process of each machine."""
 
 
+class Console:
+    """stdout or stderr. If nobody reads it any more (a closed pipe, a full disk), words are lost, and no work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, act, *args):
+        try:
+            return act(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run(main):
     """main(), but a UserError or OSError ends in one line and exit code 2 instead of a traceback."""
+    out, err = (Console(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))    # None: closed
     # file names need not be valid text; and in a log file, lines are to be seen at once
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:                           # nothing is lost here; train.py handles signals itself
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:                             # `... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as e:
-        first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
-        if first or isinstance(e, (OSError, LocalError)):
-            text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a loader worker's
-            for bar in list(getattr(tqdm, "_instances", ())):           # open bars would be drawn once more, below
-                bar.close()
-            print("error: " + " ".join(text), file=sys.stderr)
-        sys.exit(2)
+    out.reconfigure(errors="backslashreplace", line_buffering=True)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if sys.flags.optimize:
+                raise UserError("python -O leaves out checks that this code needs: run it without -O, PYTHONOPTIMIZE")
+            main()
+            out.flush()
+        except KeyboardInterrupt:                       # nothing is lost here; train.py handles signals itself
+            print("stopped", file=err)
+            sys.exit(130)
+        except (UserError, OSError) as e:
+            first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
+            if first or isinstance(e, (OSError, LocalError)):
+                text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a worker's
+                for bar in list(getattr(tqdm, "_instances", ())):       # open bars would be drawn once more, below
+                    bar.close()
+                print("error: " + " ".join(text), file=err)
+            sys.exit(2)
 
 
 def first_line(e):
@@ -1183,8 +1207,6 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
                 how["classes"] = classes
             convert(row["source"](src, size or row["size"], limit, **how), folder,
                     dict(name=name, flip=row["flip"], limit=limit, attributes=classes))
-    except BrokenPipeError:                             # of the output, which nobody reads: the set is complete
-        raise
     except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"cannot prepare {name}: {e}")      # RuntimeError: a zip with a password
     return True

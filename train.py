@@ -741,6 +741,10 @@ def main():
               f"{features.n if features else len(pictures):,} pictures of {config.data}, "
               f"{info['size']}x{info['size']}; the CIFAR-10 run of this model: "
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
+        attending = [name for name, m in net.named_modules() if type(m).__name__ == "SpatialAttention"]
+        if attending == ["middle.1"] and config.net.get("attn_sizes") != []:
+            print(f"note: no map of these {info['size']}x{info['size']} pictures is of the network's attn_sizes, so only"
+                  " the middle has attention: name others in --net")
         if start:
             print(f"going on from step {start}")
         if origin:
@@ -774,7 +778,8 @@ def main():
     data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # cached now, so that workers inherit it
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
-        worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
+        worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda",
+        timeout=config.timeout if config.workers else 0))           # a worker hangs if /dev/shm has no room
     if config.workers:
         atexit.register(shut_down, weakref.ref(batches))
 

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -274,19 +275,22 @@ def test_a_run_told_to_stop_leaves_its_grid_to_be_drawn_by_the_next(trained, mon
     assert sheet.exists()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_run_of_which_all_processes_are_told_to_stop_saves_and_leaves_with_exit_code_0(datasets, tmp_path, name):
-    """Ctrl-C in a terminal, and torchrun's SIGTERM, reach the processes that read ahead as well."""
+@pytest.mark.parametrize("name, tee", [("SIGINT", "none"), ("SIGTERM", "none"), ("SIGINT", "dies")])
+def test_a_run_of_which_all_processes_are_told_to_stop_saves_and_leaves_with_exit_code_0(datasets, tmp_path, name, tee):
+    """Ctrl-C in a terminal, and torchrun's SIGTERM, reach the processes that read ahead as well, and tee."""
     argv = [*flags_of("uvit", datasets, "run"), "--steps", 10**6, "--workers", 1]
     run = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, argv)], cwd=tmp_path, start_new_session=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         wait_for(tmp_path / "run" / "log.csv", run)
+        if tee == "dies":
+            run.stdout.close()
         os.killpg(run.pid, getattr(signal, name))
-        printed = run.communicate(timeout=60)[0].decode()
+        printed = run.communicate(timeout=60)[0].decode() if tee == "none" else "not read: the same command resumes"
+        code = run.wait(timeout=60)
     finally:
         run.kill()                                                              # if it is still there
-    assert run.returncode == 0 and "the same command resumes" in printed, f"exit code {run.returncode}:\n{printed}"
+    assert code == 0 and "the same command resumes" in printed, f"exit code {code}:\n{printed}"
     saved = data.read_dict(tmp_path / "run" / "ckpt.pt")["step"]
     assert column("step", tmp_path / "run")[-1] == saved
 
@@ -818,6 +822,12 @@ def test_workers_read_the_batches_in_processes_of_their_own(trained, monkeypatch
     assert here == [0, 1]
 
 
+@pytest.mark.parametrize("sizes, told", [([16], 0), ([7], 1), ([], 0)])
+def test_a_network_that_loses_its_attention_to_the_size_of_the_pictures_is_told(trained, capsys, sizes, told):
+    trained(model="unet", attn_sizes=sizes)
+    assert capsys.readouterr().out.count("so only the middle has attention") == told
+
+
 def test_save_every_decides_how_often_the_checkpoint_is_written(trained, monkeypatch):
     monkeypatch.setattr(torch, "save", Calls(torch.save))
     trained("--steps", 5, "--save-every", 2)
@@ -962,6 +972,16 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path, argv):
     run.stdout.close()
     assert (run.wait(timeout=100), run.stderr.read()) == (0, "")
     run.stderr.close()
+    assert argv[0] == "train.py" or len(data.open_set("shapes", tmp_path / "datasets")) == 9
+
+
+def test_a_closed_terminal_is_no_error_and_leaving_out_checks_is_one(tmp_path):
+    train_py = f"{shlex.quote(sys.executable)} %s {shlex.quote(str(ROOT / 'train.py'))} --dry-run"
+    done = subprocess.run(train_py % "" + " >&- 2>&-", shell=True, cwd=tmp_path)
+    assert done.returncode == 0
+    for flag in ("-O", "-OO"):
+        done = subprocess.run(train_py % flag, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: python -O leaves out checks")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
