@@ -743,8 +743,8 @@ def main():
               f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
         attending = [name for name, m in net.named_modules() if type(m).__name__ == "SpatialAttention"]
         if attending == ["middle.1"] and config.net.get("attn_sizes") != []:
-            print(f"note: no map of these {info['size']}x{info['size']} pictures is of the network's attn_sizes, so only"
-                  " the middle has attention: name others in --net")
+            print(f"note: with {info['size']}x{info['size']} pictures no map has a size in attn_sizes, so only the "
+                  "middle has attention: name others in --net")
         if start:
             print(f"going on from step {start}")
         if origin:

@@ -825,7 +825,7 @@ def test_workers_read_the_batches_in_processes_of_their_own(trained, monkeypatch
 @pytest.mark.parametrize("sizes, told", [([16], 0), ([7], 1), ([], 0)])
 def test_a_network_that_loses_its_attention_to_the_size_of_the_pictures_is_told(trained, capsys, sizes, told):
     trained(model="unet", attn_sizes=sizes)
-    assert capsys.readouterr().out.count("so only the middle has attention") == told
+    assert capsys.readouterr().out.count("so only the middle has attention: name others") == told
 
 
 def test_save_every_decides_how_often_the_checkpoint_is_written(trained, monkeypatch):
