@@ -445,8 +445,12 @@ def move_aside(out):
     if not any(Path(out, file).exists() for file in ("config.json", "ckpt.pt")):
         return
     claim(out).close()
+    linked = out.is_symlink()                           # a link stays, and leads to the new run: to another disk, say
+    out = out.resolve() if linked else out
     aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
     out.rename(aside)
+    if linked:
+        out.mkdir()
     print(f"the old run is now {aside}")
 
 

@@ -385,6 +385,15 @@ def test_fresh_moves_the_old_run_aside_whole(trained):
         assert column("step") == [1, 2]
 
 
+def test_fresh_leaves_a_link_to_another_disk_as_it_is(trained):
+    Path("disk/run").mkdir(parents=True)
+    Path("link").symlink_to(Path("disk/run").absolute())
+    trained(out="link")
+    old = contents("disk/run")
+    trained("--seed", 1, "--fresh", out="link")
+    assert Path("link").is_symlink() and contents("disk/run-old1") == old and column("step", "disk/run") == [1, 2]
+
+
 def test_fresh_is_kept_by_the_replacement_of_a_process_that_died_early(trained, monkeypatch):
     def failing(*args):
         raise MemoryError
