@@ -780,10 +780,13 @@ def main():
     multiple = 64 if compiled else 8                                # of tokens: it is compiled anew for each length
     shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, multiple)
     data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # cached now, so that workers inherit it
+    if config.workers and os.path.isdir("/dev/shm"):    # where workers put batches, two each; without room they hang
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * config.workers
+        each = 3 * info["size"]**2 + (2 * multiple * features.width if features else 0)         # bytes, at least
+        data.check_room("/dev/shm", 2 * here * len(rows) * each, "fewer --workers, or in Docker a larger --shm-size")
     batches = iter(torch.utils.data.DataLoader(
         shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
-        worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda",
-        timeout=config.timeout if config.workers else 0))           # a worker hangs if /dev/shm has no room
+        worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
     if config.workers:
         atexit.register(shut_down, weakref.ref(batches))
 

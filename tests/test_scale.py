@@ -16,7 +16,7 @@ from conftest import ROOT, command
 from test_train import column, differences, flags_of, state, wait_for
 
 DIES_ONCE_AT_STEP_3 = f"""
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import diffusion, train
@@ -33,7 +33,7 @@ train.main()
 
 
 LOADER_FAILS_AT_STEP_2 = f"""
-import os, signal, sys, time
+import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import data, train
 read = data.Batches.__getitem__
@@ -49,13 +49,12 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("how, code, says", [
     ("raise OSError('the disk is gone')", 2, "error: OSError: the disk is gone"),
-    ("os.kill(os.getpid(), signal.SIGKILL)", 1, "rank 0 failed at step"),
-    ("time.sleep(1000)", 1, "rank 0 failed at step")], ids=["raises", "killed", "hangs"])
+    ("os.kill(os.getpid(), signal.SIGKILL)", 1, "rank 0 failed at step")], ids=["raises", "killed"])
 def test_a_run_ends_whose_loader_fails(datasets, tmp_path, how, code, says):
     """Loaders outlive a SIGTERM, and Python, which sends them one before it ends, would wait for them for ever."""
     driver = tmp_path / "driver.py"
     driver.write_text(LOADER_FAILS_AT_STEP_2.replace("HOW", how))
-    flags = [*flags_of("uvit", datasets, "run"), "--steps", 20, "--workers", 2, "--timeout", 5]
+    flags = [*flags_of("uvit", datasets, "run"), "--steps", 20, "--workers", 2]
     run = subprocess.run([sys.executable, driver, *map(str, flags)], cwd=tmp_path, capture_output=True, text=True,
                          timeout=100)
     assert run.returncode == code and says in run.stderr, run.stderr

@@ -9,11 +9,13 @@ import math
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -829,6 +831,15 @@ def test_workers_read_the_batches_in_processes_of_their_own(trained, monkeypatch
     assert here == [], f"steps {here} were read by the process that trains"
     trained()
     assert here == [0, 1]
+
+
+def test_too_little_shared_memory_for_workers_is_seen_before_they_hang(trained, monkeypatch):
+    isdir = os.path.isdir
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm" or isdir(path))       # Macs have none
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9 * (folder != "/dev/shm")))
+    with pytest.raises(data.UserError, match="0 bytes free and /dev/shm needs 98,304 more: .*--shm-size"):
+        trained("--workers", 2)                                                 # two batches each, of 8 x 3 x 32 x 32
+    trained()
 
 
 @pytest.mark.parametrize("sizes, told", [([16], 0), ([7], 1), ([], 0)])
