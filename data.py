@@ -192,8 +192,12 @@ def lock(f, wait=False):
 def alone(folder):
     """Make a folder and lock it: a second process waits here for the first. The lock file is never removed, because
     others may be waiting for it."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "a") as f:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        f = open(os.path.join(folder, ".lock"), "a")
+    except PermissionError:
+        raise UserError(f"no permission to write into {folder}: its owner can, or use another --data-dir")
+    with f:
         if not lock(f):
             tqdm.write(f"another process is at work in {folder}: waiting for it", file=sys.stderr)
             lock(f, wait=True)
@@ -1970,7 +1974,9 @@ def show(name, data_dir, out):
 def export(name, data_dir, out, limit):
     """000000.png .. and images.npz: arr_0 uint8 (N, S, S, 3), arr_1 classes, for FID tools."""
     if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise UserError(f"--out {out} is not a new or empty folder")
+        stopped = Path(out, "000000.png").exists() and not Path(out, "images.npz").exists()
+        raise UserError(f"--out {out} is not a new or empty folder"
+                        + (f": an export into it was stopped, or still runs; {removal(out)}" if stopped else ""))
     pictures = open_or_prepare(name, data_dir)
     n, S = min(len(pictures), limit or len(pictures)), pictures.size
 
@@ -1979,14 +1985,17 @@ def export(name, data_dir, out, limit):
         image.save(os.path.join(out, f"{i:06d}.png"))
         return image.tobytes()
 
+    def write(file):                                    # np.savez would hold all of it in memory
+        with zipfile.ZipFile(file, "w") as npz:
+            with npz.open("arr_0.npy", "w", force_zip64=True) as f:
+                npy_header(f, "|u1", n, S, S, 3)
+                f.writelines(tqdm(in_threads(save, range(n)), total=n, disable=None))
+            if pictures.labels is not None:
+                with npz.open("arr_1.npy", "w") as f:
+                    np.lib.format.write_array(f, pictures.labels[:n])
+
     os.makedirs(out, exist_ok=True)
-    with zipfile.ZipFile(os.path.join(out, "images.npz"), "w") as npz:      # np.savez would hold all of it in memory
-        with npz.open("arr_0.npy", "w", force_zip64=True) as f:
-            npy_header(f, "|u1", n, S, S, 3)
-            f.writelines(tqdm(in_threads(save, range(n)), total=n, disable=None))
-        if pictures.labels is not None:
-            with npz.open("arr_1.npy", "w") as f:
-                np.lib.format.write_array(f, pictures.labels[:n])
+    write_file(os.path.join(out, "images.npz"), write)
     print(f"{out}: {n:,} PNGs, and images.npz with {1 if pictures.labels is None else 2} array(s)")
 
 

@@ -11,6 +11,7 @@ threads and the same --accum. A larger --steps trains further.
 """
 import argparse
 import atexit
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -610,6 +611,9 @@ def listen_for_stops(worker=None):
         if stops and time.monotonic() - stops[0] > 3:   # until then it is the same stop: a scheduler signals all
             signal.signal(sig, signal.SIG_DFL)          # processes of a job, and torchrun signals its own again
             signal.raise_signal(sig)
+        if not stops and worker is None and data.processes()[0] == 0:
+            with contextlib.suppress(OSError):          # not print: the signal may come while something is printed
+                os.write(2, b"\nstopping once this step, sheet or compiling is done; a later signal stops at once\n")
         stops.append(time.monotonic())
 
     for sig in STOPS:
@@ -846,7 +850,8 @@ def main():
                      f"{good}. Go on with --dtype float32, or begin anew with a smaller --lr")
         pause = now()
         kept = step > 0 and config.keep_every and step % config.keep_every == 0
-        if step > saved and (step % config.save_every == 0 or kept or leaving or last):
+        shown = step > 0 and (step % config.sample_every == 0 or last)
+        if step > saved and (step % config.save_every == 0 or kept or shown or leaving):
             if main_rank:
                 # all that a resumed run cannot work out: the rest follows from config, seed and step
                 ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), text=text, step=step,
@@ -856,7 +861,7 @@ def main():
             saved = step
         sheet = out / f"samples/step_{step:07d}.png"                # `start` may have none, after a stop or a kill
         drawn = step == start and sheet.exists()
-        if step > 0 and (step % config.sample_every == 0 or last) and not (drawn or leaving):
+        if shown and not (drawn or leaving):
             with precision:
                 draw_grid(ema, dict(record, text=text), sheet, micro, device)
         since += now() - pause

@@ -726,6 +726,30 @@ def test_export_overwrites_nothing(datasets, terminal, tmp_path):
         assert code == 2 and "is not a new or empty folder" in complaint and files_in(tmp_path) == ["thesis.tex"]
 
 
+def test_an_export_that_was_stopped_does_not_look_like_a_finished_one(datasets, terminal, monkeypatch):
+    def stopped(self, index):
+        if index == 300:
+            raise KeyboardInterrupt
+        return take(self, index)
+
+    take = data.Pictures.take
+    with monkeypatch.context() as m:
+        m.setattr(data.Pictures, "take", stopped)
+        assert terminal("export", "shapes64", "--out", "pngs")[0] == 130
+    assert "000299.png" in files_in("pngs") and "images.npz" not in files_in("pngs")
+    code, _, complaint = terminal("export", "shapes64", "--out", "pngs")
+    assert code == 2 and complaint.endswith("an export into it was stopped, or still runs; rm -r pngs\n")
+
+
+def test_a_place_that_may_not_be_written_to_is_one_line_that_says_what_helps(tmp_path, monkeypatch):
+    def forbidden(*args, **more):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "makedirs", forbidden)
+    with pytest.raises(data.UserError, match=r"no permission to write into .*shapes: .* use another --data-dir"):
+        data.prepare("shapes", tmp_path)
+
+
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, says", [

@@ -293,6 +293,7 @@ def test_a_run_of_which_all_processes_are_told_to_stop_saves_and_leaves_with_exi
     finally:
         run.kill()                                                              # if it is still there
     assert code == 0 and "the same command resumes" in printed, f"exit code {code}:\n{printed}"
+    assert printed.count("stopping once this step") == (tee == "none")          # by the first process, not by loaders
     saved = data.read_dict(tmp_path / "run" / "ckpt.pt")["step"]
     assert column("step", tmp_path / "run")[-1] == saved
 
@@ -524,6 +525,10 @@ def test_training_is_saved_before_samples_can_fail(trained):
     Path("run", "samples", "step_0000004.png").rmdir()
     Path("run", "samples", "step_0000002.png").write_bytes(b"")                 # a damaged one is left out
     assert trained("--steps", 6)["step"] == 6 and column("step") == [1, 2, 3, 4, 5, 6]
+    Path("run", "samples", "step_0000007.png").mkdir()
+    with pytest.raises(OSError):
+        trained("--steps", 9, "--sample-every", 7, "--save-every", 100)
+    assert data.read_dict("run/ckpt.pt")["step"] == 7
 
 
 def test_a_crash_in_the_middle_of_saving_leaves_the_old_checkpoint_whole(trained, monkeypatch):
