@@ -508,6 +508,9 @@ def test_captions_stay_on_the_disk(published, tmp_path):
     Path(pictures.folder, "captions.jsonl").write_text('["a"]\n["b"]\n')
     with pytest.raises(data.UserError, match="different lengths"):
         data.open_set("mine", tmp_path)
+    Path(pictures.folder, "captions.jsonl").unlink()
+    with pytest.raises(data.UserError, match="mine is damaged .*captions.jsonl.*and prepare it again"):
+        data.open_set("mine", tmp_path)
 
 
 # ---- sets that stay in place ----------------------------------------------------------------------------------------
