@@ -695,6 +695,9 @@ def main():
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     device = sample.pick_device(config.device)
+    if config.compile and device.type == "cpu" and sample.pick_dtype(config.dtype, device) == "bfloat16":
+        fail("compiled for a CPU in bfloat16, gradients are wrong (PyTorch 2.13: zero below an up-sampling): "
+             "add --dtype float32, or leave out --compile")
     if fresh and main_rank:             # at once: if a rank dies from here on, its replacement goes on with the new run
         move_aside(Path(config.out))
     store = join(config, device) if world > 1 else None

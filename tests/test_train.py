@@ -838,6 +838,12 @@ def test_workers_read_the_batches_in_processes_of_their_own(trained, monkeypatch
     assert here == [0, 1]
 
 
+def test_compiling_in_bfloat16_on_a_cpu_is_refused_since_its_gradients_are_wrong(trained):
+    with pytest.raises(data.UserError, match="gradients are wrong .*: add --dtype float32, or leave out --compile"):
+        trained("--compile", "--dtype", "bfloat16")
+    assert not Path("run").exists()
+
+
 def test_too_little_shared_memory_for_workers_is_seen_before_they_hang(trained, monkeypatch):
     isdir = os.path.isdir
     monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm" or isdir(path))       # Macs have none
