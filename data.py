@@ -95,7 +95,7 @@ def run(main):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             if sys.flags.optimize:
-                raise UserError("python -O leaves out checks that this code needs: run it without -O, PYTHONOPTIMIZE")
+                raise UserError("python -O leaves out checks this code needs: run it without -O and PYTHONOPTIMIZE")
             main()
             out.flush()
         except KeyboardInterrupt:                       # nothing is lost here; train.py handles signals itself

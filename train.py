@@ -124,7 +124,7 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
 # The set shapes-text, encoded by words: one or two objects and where they are. The U-Net gets single objects right, but
-# few pairs. Of three seeds of ASCEND, one got two thirds of the pairs right, the others a tenth.
+# few pairs. Of three seeds of ASCEND, one got two thirds of the pairs right, the others about a tenth.
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, for an hour or a night. time_shift is higher, because larger pictures lose their outlines
@@ -441,6 +441,14 @@ def measure(config, info, tokens=data.MAX_TOKENS):
     return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
 
 
+def check_compiling(device, dtype):
+    """UserError where torch.compile makes wrong gradients: on a CPU in bfloat16, PyTorch 2.13 makes those of all that
+    lies below an up-sampling zero, without a word."""
+    if device.type == "cpu" and sample.pick_dtype(dtype, device) == "bfloat16":
+        fail("compiled for a CPU in bfloat16, gradients are wrong (PyTorch 2.13: zero below an up-sampling): "
+             "add --dtype float32, or leave out --compile")
+
+
 def move_aside(out):
     """--fresh: rename the folder of an existing run, to keep its files; fail if it is running. A folder that holds no
     run itself, such as a folder of runs, stays where it is."""
@@ -695,9 +703,8 @@ def main():
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     device = sample.pick_device(config.device)
-    if config.compile and device.type == "cpu" and sample.pick_dtype(config.dtype, device) == "bfloat16":
-        fail("compiled for a CPU in bfloat16, gradients are wrong (PyTorch 2.13: zero below an up-sampling): "
-             "add --dtype float32, or leave out --compile")
+    if config.compile:
+        check_compiling(device, config.dtype)
     if fresh and main_rank:             # at once: if a rank dies from here on, its replacement goes on with the new run
         move_aside(Path(config.out))
     store = join(config, device) if world > 1 else None

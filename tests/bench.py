@@ -74,6 +74,7 @@ def measure_row(preset, argv, batch, dtype, mode, at_least):
         train.checkpoint_blocks(net)
     model, sampler = net, ema
     if mode == "compiled":
+        train.check_compiling(device, dtype)
         model, sampler = (sample.compile_network(each, graphs=True) for each in (net, ema))
     schedule = diffusion.SCHEDULES[config.schedule]
     with device:
@@ -136,6 +137,8 @@ def print_table(presets, argv, batch, dtypes, modes, at_least):
 def print_growth(batch, dtype, mode, at_least):
     """Images per second of an IU-ViT and a U-Net, as one thing at a time grows: on a CPU networks for laptops, on a GPU
     those of CIFAR-10; in more and more processes, unet-shapes on both."""
+    if mode == "compiled":
+        train.check_compiling(sample.pick_device("auto"), dtype)
     # presets, the middle width of each, and patches along a side of the pictures that grow
     vit, unet, vit_dim, unet_dim, grid = (("iuvit-cifar10", "unet-cifar10", 512, 128, 16) if torch.cuda.is_available()
                                           else ("iuvit-shapes", "unet-shapes", 192, 32, 8))
@@ -210,4 +213,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)
