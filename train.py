@@ -470,6 +470,7 @@ def join(config, device):
     # one node each restart has its own keys (not on several, as each node counts its own restarts: see the README)
     timeout = datetime.timedelta(seconds=config.timeout)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
+    store.delete_key("exception_dump")                  # set by NCCL at a time-out: it would end the new group, too
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
