@@ -11,9 +11,12 @@ Time (and class, and the mean of a text) enters as scale and shift of both norms
 norm of every ResBlock. The tokens of a text are read by cross-attention after each Attn. (All assumed, but time and
 class in a ResBlock are ADM's.)
 Compared with unet.py, Swin blocks replace the encoder's ResBlocks, convolutions change the resolution, and by default
-there is global attention at 8 pixels too. Four arguments span the paper's ablation and more: encoder, decoder and
-resample, in any combination (the paper tried some), and skips (it is not known which connections the paper cut; cutting
-all is assumed).
+there is global attention at 8 pixels too. Four arguments span the paper's ablation and more, in any combination:
+
+    encoder, decoder   "swin" or "conv", each
+    resample           "conv", or "merge": Swin's patch merging and expanding
+    skips              False cuts all of them (assumed: it is not known which connections the paper cut)
+
 A name that two backbone files share is the same code in both, so that each file can be read, and copied, alone.
 ResBlock, for one, is unet.py's, although nothing here resamples inside it.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), w window,
@@ -82,8 +85,8 @@ def attend(q, k, v, mask=None):
 
 
 def attend_biased(q, k, v, bias):
-    """attend, with a bias (heads, N, M) added to the scores. A CPU has no fused kernel for a bias that learns, and one
-    for others only if they have four dimensions, bias[None]; in bfloat16 the formula is faster."""
+    """attend, with a bias (heads, N, M) added to the scores. On a CPU a bias with gradients has no fused kernel, and in
+    bfloat16 the formula is faster; any other bias needs four dimensions, bias[None], to get one."""
     if bias.is_cpu and (bias.requires_grad or q.dtype == torch.bfloat16):
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
@@ -399,7 +402,7 @@ class ASCEND(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E))        # the norm is assumed
-            # without the norm's scale, which the linear layer's weights hold, or biases, which time's MLP holds
+            # "V" in forward. It has no bias, because time_embed has one, and the norm no scale, because V can hold it
             self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 
@@ -451,8 +454,9 @@ class ASCEND(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper's IU-ViT concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b,
-            # the sum of two layers: a is the hidden vector of the time MLP here, b the mean of the text. (Which vectors
-            # and which norm is assumed. With text before the MLP's first layer, colours were learnt later.)
+            # the sum of two layers. Here a is the hidden vector of the time MLP and W its last layer; b is the mean of
+            # the text and V text_pool. (Which vectors and which norm is assumed. With text before the MLP's first
+            # layer, colours were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
@@ -461,7 +465,7 @@ class ASCEND(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            skip = skips.pop()                                          # each is used once; the ablation drops it
+            skip = skips.pop()                                          # each belongs to one layer: last out, first in
             h = layer(torch.cat([h, skip], dim=1) if self.use_skips else h, emb, text)  # back up, level by level
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 

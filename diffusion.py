@@ -54,7 +54,7 @@ class Linear:
 class Cosine:
     """Nichol & Dhariwal's schedule (arXiv 2102.09672, Eq. 17). The paper's choice for ASCEND.
 
-    alpha(t) = cos(a) / cos(a_0), a = (t + s) / (1 + s) * pi / 2, s = 0.008."""
+    alpha(t) = cos(a) / cos(b), where a = (t + s) / (1 + s) * pi / 2, s = 0.008, and b is a at t = 0."""
     s = 0.008
     t_max = 0.99997                                     # alpha^2 = 2e-9; at t = 1 alpha is 0, and x_0 is lost for good
 
@@ -124,7 +124,8 @@ def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
 
     x0, eps (B, C, H, W), t (B,), cond: a tuple of tensors of B rows. prediction 'v' is Salimans & Ho's target
     (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma). Unlike eps it also asks for x_0 where
-    x_t is all noise: for one guess of x_0 its loss is that of eps divided by alpha^2, so layout weighs more."""
+    x_t is all noise: for one guess of x_0 its loss is that of eps divided by alpha^2, so high noise, where the layout
+    is decided, weighs more."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     target = eps if prediction == "eps" else alpha * eps - sigma * x0
@@ -155,7 +156,8 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     clip: see clip_x0 (static: assumed, as in DDPM's code); 'none' for anything but pictures in [-1, 1], such as an
     autoencoder's latents. Without clipping, eps on the cosine schedule needs em: the first step of ddim and dpm
-    multiplies an error of eps by alpha(s) / alpha(t) - 1, nearly: by 135 in 250 steps, by 221 in 20, by 402 in 10.
+    multiplies an error of eps by alpha(s) / alpha(t) - 1, nearly: by 135 in 250 steps, by 221 in 20, by 402 in 10. (em
+    steps along the score, -eps / sigma, which divides by no alpha.)
     cond_fn(x, t) -> grad_x log p(c | x_t), t a float of this file's clock: a classifier's or CLIP's gradient, run with
     gradients enabled.
     cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score (as far as
@@ -187,8 +189,8 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
 
 # ---- time grids: `steps` times, decreasing from t_max, then 0 -------------------------------------------
 
-# The last step goes from here straight to 0; sigma is 0.01 (cosine: 0.006), one grey level. U-ViT's for em, assumed for
-# the others
+# The last time before 0. Noise is about one grey level there: sigma is 0.01, or 0.006 on the cosine schedule. U-ViT's
+# value with em; with the other samplers it is assumed
 T_MIN = 1e-3
 
 

@@ -214,7 +214,7 @@ class IUViT(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), nn.LayerNorm(dim))
-            # without the norm's scale, which the linear layer's weights hold, or biases, which time's MLP holds
+            # "V" in forward. It has no bias, because time_embed has one, and the norm no scale, because V can hold it
             self.text_pool = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
@@ -266,8 +266,9 @@ class IUViT(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
             # The paper concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b, the sum
-            # of two layers: here a is the hidden vector of the time MLP, b the mean of the text. (Which vectors, and
-            # the norm, are assumed. With text before the MLP's first layer, colours of shapes were learnt later.)
+            # of two layers. Here a is the hidden vector of the time MLP and W its last layer; b is the mean of the
+            # text and V text_pool. (Which vectors, and the norm, are assumed. With text before the MLP's first layer,
+            # colours of shapes were learnt later.)
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
         tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
         if self.class_embed is not None:

@@ -248,7 +248,7 @@ class UNet(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, E), nn.LayerNorm(E))        # the norm is assumed
-            # without the norm's scale, which the linear layer's weights hold, or biases, which time's MLP holds
+            # "V" in forward. It has no bias, because time_embed has one, and the norm no scale, because V can hold it
             self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 
@@ -302,8 +302,9 @@ class UNet(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper's IU-ViT concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b,
-            # the sum of two layers: a is the hidden vector of the time MLP here, b the mean of the text. (Which vectors
-            # and which norm is assumed. With text before the MLP's first layer, colours were learnt later.)
+            # the sum of two layers. Here a is the hidden vector of the time MLP and W its last layer; b is the mean of
+            # the text and V text_pool. (Which vectors and which norm is assumed. With text before the MLP's first
+            # layer, colours were learnt later.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)

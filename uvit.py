@@ -1,6 +1,7 @@
-"""U-ViT, a plain Vision Transformer with a U-Net's long skips (Bao et al., arXiv 2209.12152), as published.
-It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`. sample.py reads the
-weights that U-ViT's authors published, except those for latents; their networks read 999 t where ours read 1000 t.
+"""U-ViT, a plain Vision Transformer with a U-Net's long skips (Bao et al., arXiv 2209.12152), as published (but padding
+of texts is masked). It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`.
+sample.py reads the weights that U-ViT's authors published, except those for latents; their networks read 999 t where
+ours read 1000 t.
 
     x (3, 32, 32) -> patches of 2x2, linear -> 256 tokens of D    every input is a token of one sequence:
                                               v                   [class or none, time, text .., patch, ..]

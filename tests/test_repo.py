@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import data
+import iuvit
 import miniature
 import sample
 import train
@@ -229,12 +230,16 @@ def test_what_the_readme_says_of_copied_files_runs(tmp_path):
     for name in ("iuvit", "diffusion"):
         (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
     small = "import functools, iuvit; iuvit.IUViT = functools.partial(iuvit.IUViT, dim=32, depth=3, heads=2)"
-    given = "import torch; x0, y = torch.rand(2, 3, 32, 32), torch.tensor([3, 7])"
     seen = "assert torch.allclose(alpha.flatten(), diffusion.Linear().alpha(t)) and loss > 0; print(*x.shape)"
     text = "assert loss > 0; print(*denoise(x0, 0.5).shape)"
-    first, second, third = blocks[train_step:train_step + 3]
-    code = "\n".join(["import sys; sys.path.insert(0, '.')", small, given, first, second, seen, third, text])
-    assert isolated("-c", code, cwd=tmp_path) == "4 3 32 32\n2 3 32 32\n"
+    net = dict(dim=32, depth=5, heads=4)
+    weights = iuvit.IUViT(num_classes=2, **net).state_dict()
+    config = dict(cond="class", net=net, info=dict(size=32, classes=["cat", "dog"]))
+    torch.save(dict(config=config, ema=weights), tmp_path / "ckpt.pt")
+    same = "print(all(p.equal(ckpt['ema'][name]) for name, p in net.state_dict().items()), len(net.in_blocks))"
+    first, second, third, fourth = blocks[train_step:train_step + 4]
+    code = "\n".join(["import sys; sys.path.insert(0, '.')", small, first, second, seen, third, text, fourth, same])
+    assert isolated("-c", code, cwd=tmp_path) == "4 3 32 32\n8 3 32 32\nTrue 2\n"
 
 
 def test_every_file_the_readme_shows_exists():
