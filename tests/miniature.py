@@ -94,7 +94,7 @@ EXPERIMENTS = {
                    "without skips": "ascend-no-skips", "patch merging and expanding": "ascend-merge"}),
     "prediction": (3, {"v, cosine": "unet", "v, linear": "unet-linear", "eps, cosine": "unet-eps",
                        "eps, linear (the paper's)": "unet-eps-linear"}),
-    "patch": (1, {"patch 4, width 96": "iuvit", "patch 4, width 192": "iuvit-wide",
+    "patch": (3, {"patch 4, width 96": "iuvit", "patch 4, width 192": "iuvit-wide",
                   "patch 8, width 192": "iuvit-p8", "patch 8, width 384": "iuvit-p8-wide"}),
     "large": (1, {"rearrange first, depth-wise (the paper's)": "large", "linear first, depth-wise": "large-linear",
                   "rearrange first, plain MLP": "large-mlp", "linear first, plain MLP": "large-linear-mlp"}),
