@@ -1057,7 +1057,9 @@ def birds_source(src, size, limit, crop):
 
 
 def imagenet_source(src, size, limit):
-    """ImageNet as shrunk by Chrabaszcz et al.: train_data_batch_1.npz .. 10, read row by row."""
+    """ImageNet as shrunk by Chrabaszcz et al.: train_data_batch_1.npz .. 10, read row by row. Their labels follow a list
+    of their own, map_clsloc.txt. If it is there, classes get names and the order of all other sets of ImageNet, and of
+    published networks: that of their WordNet ids."""
     place = open_files(src)
     names = sorted(place.find(r"train_data_batch_\d+\.npz"), key=lambda name: int(re.findall(r"\d+", name)[-1]))
     labels = []
@@ -1069,6 +1071,16 @@ def imagenet_source(src, size, limit):
     if len(names) != 10:
         print(f"warning: {src} has {len(names)} of the 10 batches: taking those", file=sys.stderr)
     count = min(sum(map(len, labels)), limit or sys.maxsize)
+    classes, order = numbered(1000), np.arange(1000)    # order: from their label to our class
+    if tables := place.find(r"map_clsloc\.txt"):        # lines like `n02119789 1 kit_fox`
+        listed = sorted(line.split() for line in place.text(tables[0]).splitlines() if line.strip())
+        if sorted(int(number) for _, number, _ in listed) != list(range(1, 1001)):
+            raise UserError(f"{tables[0]} in {src} is not the published list of 1,000 classes")
+        classes = [f"{word.replace('_', ' ')} {wnid}" for wnid, _, word in listed]
+        order[[int(number) - 1 for _, number, _ in listed]] = np.arange(1000)
+    else:
+        print(f"warning: {src} has no map_clsloc.txt: classes without names, in another order than elsewhere",
+              file=sys.stderr)
 
     def rows():
         for name, ys in zip(names, labels):
@@ -1077,13 +1089,9 @@ def imagenet_source(src, size, limit):
                 shape, by_columns, kind = np.lib.format.read_array_header_1_0(pixels)
                 if (shape, by_columns, kind) != ((len(ys), 3 * size * size), False, np.uint8):
                     raise UserError(f"{name} holds {kind} {shape}, not {len(ys)} pictures of {size} pixels a side")
-                for y in ys:
+                for y in order[ys]:
                     yield np.frombuffer(pixels.read(3 * size * size), np.uint8).reshape(3, size, size), y, None
 
-    classes = numbered(1000)
-    for table in place.find(r"map_clsloc\.txt"):        # lines like `n02119789 1 kit_fox`, numbered as the labels are
-        for wnid, number, word in map(str.split, place.text(table).splitlines()):
-            classes[int(number) - 1] = f"{word.replace('_', ' ')} {wnid}"
     return Source(count, size, classes, itertools.islice(rows(), count), src, dict(sha256=place.sha256), [])
 
 
@@ -1119,7 +1127,7 @@ BUILT_IN = {
     "cub64":       dict(BIRDS, size=64),
     "cub128":      dict(BIRDS, size=128),
     "imagenet64":  dict(size=64, classes=numbered(1000), captions=False, flip=True, source=imagenet_source,
-                        src="the folder with train_data_batch_1.npz .. 10"),
+                        src="the folder with train_data_batch_1.npz .. 10 and map_clsloc.txt"),
     "cc12m64":     dict(SHARDS, size=64),
     "laion128":    dict(SHARDS, size=128),
     "shapes-text": dict(size=32, classes=[], captions=True, flip=False, source=captions_source),

@@ -495,7 +495,8 @@ def start_from(net, config, info):
         fail(f"{config.init_from} reads captions by the encoder {there['text']['encoder']}, and not by "
              f"{config.encoder}: name it with --encoder")
     own, key, classes = net.state_dict(), "class_embed.weight", info["classes"]
-    numbers = [str(i) for i in range(len(classes))]     # published files have no names
+    # published files have numbers for names, in the usual order: not in that of ImageNet's npz files without names
+    numbers = [] if classes == data.numbered(1000) else [str(i) for i in range(len(classes))]
     kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
     try:
         if not kept:

@@ -24,6 +24,7 @@ import sample
 import train
 from ascend import SwinLayer
 from conftest import TINY, command
+from test_sets import imagenet
 from unet import UNet
 from uvit import UViT
 
@@ -362,6 +363,20 @@ def test_numbered_classes_are_those_of_a_set_of_as_many(tuned, tmp_path):
     torch.save(formula(uvit_file(img_size=64, patch=4, classes=24)), tmp_path / "mine.pth")
     rows = tuned(tmp_path / "mine.pth", "--data", "shapes64", "--lr", 1e-30)["ema"]["class_embed.weight"]
     torch.testing.assert_close(rows, sample.read(tmp_path / "mine.pth")[1]["class_embed.weight"])
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_classes_of_imagenet_are_those_of_a_file_only_if_their_order_is_known(tuned, tmp_path, capsys, listed):
+    torch.save(formula(uvit_file(img_size=64, patch=4, classes=1000)), tmp_path / "mine.pth")
+    (tmp_path / "src").mkdir()
+    imagenet(tmp_path / "src")
+    if listed:
+        (tmp_path / "src" / "map_clsloc.txt").write_text("".join(f"n{i:08} {i} thing\n" for i in range(1, 1001)))
+    data.prepare("imagenet64", tmp_path, src=tmp_path / "src")
+    rows = tuned(tmp_path / "mine.pth", "--data", "imagenet64", "--data-dir", tmp_path, "--lr", 1e-30)["ema"]
+    published = sample.read(tmp_path / "mine.pth")[1]
+    assert torch.allclose(rows["class_embed.weight"], published["class_embed.weight"]) == listed
+    assert ("the embedding of the 1000 classes starts anew" in capsys.readouterr().out) == (not listed)
 
 
 @pytest.mark.parametrize("name", ["adm_64x64_diffusion", "adm_lsun_bedroom"])

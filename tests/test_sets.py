@@ -336,10 +336,23 @@ def test_imagenet_batches_follow_their_numbers_and_labels_start_at_zero(limit, p
     assert "has 3 of the 10 batches: taking those" in capsys.readouterr().err, "one of two archives, perhaps"
 
 
-def test_imagenet_classes_have_names_where_the_list_is_there(published, tmp_path):
+def test_imagenet_classes_have_names_and_the_usual_order_where_the_list_is_there(published, tmp_path):
     src = published(imagenet)
-    write(src / "map_clsloc.txt", "n02119789 1 kit_fox", "n02100735 2 English_setter")
-    assert opened("imagenet64", src, tmp_path).classes[:3] == ["kit fox n02119789", "English setter n02100735", "class 3"]
+    theirs = ["n02119789 1 kit_fox", "n02100735 2 English_setter",
+              *(f"n{9_000_000 - i:08} {i} thing_{i}" for i in range(3, 1001))]
+    write(src / "map_clsloc.txt", *theirs)
+    pictures = opened("imagenet64", src, tmp_path)
+    assert pictures.classes == [f"{name.replace('_', ' ')} {wnid}" for wnid, _, name in sorted(map(str.split, theirs))]
+    assert pictures.classes[:2] == ["English setter n02100735", "kit fox n02119789"]
+    assert pictures.labels.tolist() == [1, 2, 995, 1, 1, 2, 995, 0, 1, 2, 995, 992]        # theirs: 1, 1000, 7, 1, ..
+    write(src / "map_clsloc.txt", *theirs[:-1])
+    with pytest.raises(data.UserError, match="map_clsloc.txt in .* is not the published list"):
+        opened("imagenet64", src, tmp_path / "cut")
+
+
+def test_imagenet_without_the_list_has_an_order_of_its_own(published, tmp_path, capsys):
+    assert opened("imagenet64", published(imagenet), tmp_path).classes[999] == "class 1000"
+    assert "no map_clsloc.txt: classes without names, in another order" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm, says", [
