@@ -165,9 +165,15 @@ def check_room(folder, need, advice):
         raise UserError(f"the disk has {free:,} bytes free and {folder} needs {need:,} more: try {advice}")
 
 
-def is_damage(e):
-    """Whether this error in reading files calls for making them again: not if the disk or permissions are at fault."""
-    return isinstance(e, FileNotFoundError) or not isinstance(e, (UserError, OSError))
+@contextlib.contextmanager
+def or_damaged(folder, remedy, kind=UserError):
+    """An error in reading a folder of ours calls for making it anew, unless the disk or permissions are at fault."""
+    try:
+        yield
+    except Exception as e:                              # numpy raises half a dozen kinds
+        if isinstance(e, (UserError, OSError)) and not isinstance(e, FileNotFoundError):
+            raise
+        raise kind(f"{folder} is damaged ({e}): {remedy}")
 
 
 def removal(folder):
@@ -379,9 +385,7 @@ def drawn_source(src, size, limit, classes, items):
 
 
 def shape_items(count, size):
-    for start in range(0, count, 500):
-        images, labels = draw_shapes(np.arange(start, min(start + 500, count)), size)
-        yield from zip(images, labels, [None] * len(labels))
+    yield from zip(*draw_shapes(np.arange(count), size), itertools.repeat(None))
 
 
 shapes_source = functools.partial(drawn_source, classes=SHAPE_CLASSES, items=shape_items)
@@ -481,12 +485,11 @@ def emoji_source(src, size, limit):
     names = {chr(code): emoji_name(code) for code in range(0x1F300, 0x1FB00)}
     try:                                                # the other layout engine fails on some
         font = ImageFont.truetype(path, 109, layout_engine=ImageFont.Layout.BASIC)
-        glyphs = [c for c in names if names[c] and font.getbbox(c) == (0, 0, 136, 128)]
-    except OSError as e:
-        raise UserError(f"{path} is not Noto Color Emoji, a font of 109-pixel bitmaps: {e}")
+        glyphs = spread([c for c in names if names[c] and font.getbbox(c) == (0, 0, 136, 128)], limit)
+    except OSError:
+        glyphs = []
     if not glyphs:
-        raise UserError(f"{path} is not Noto Color Emoji: it has no glyphs of 136 x 128 pixels")
-    glyphs = spread(glyphs, limit)
+        raise UserError(f"{path} is not Noto Color Emoji, a font with glyphs of 136 x 128 pixels and no other size")
 
     def items():
         for c in glyphs:
@@ -500,8 +503,12 @@ def emoji_source(src, size, limit):
 
 
 # ---- where pictures are: a folder, a zip, an lmdb, tar shards ------------------------------------
+# A place has `names`, always in the same order; open(name) -> a binary file; title(name), what messages call it; and
+# sha256, over the list of its files and their sizes: that of a copy elsewhere, and another once files come, go or
+# change their size.
 
 EXTENSIONS = tuple(".jpg .jpeg .jfif .png .gif .webp .avif .bmp .ppm .pgm .tif .tiff".split())
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX)")              # files and folders of such names are passed over
 
 
 def digest(lines):
@@ -517,17 +524,11 @@ def to_text(raw):
     return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace")
 
 
-class Place:
-    """Has `names`, always in the same order; open(name) -> a binary file; and sha256, over the list of its files and
-    their sizes: it is that of a copy elsewhere, and another once files come, go or change their size."""
+class Files:
+    """A place whose names are paths, str."""
 
     def title(self, name):
-        """What to call a file in messages."""
-        return os.fsdecode(name)
-
-
-class Files(Place):
-    """A Place whose names are paths, str."""
+        return name
 
     def text(self, name):
         with self.open(name) as f:
@@ -545,23 +546,18 @@ class Folder(Files):
     """All files below a folder, also in linked folders. Sorted, because disks have orders of their own."""
 
     def __init__(self, src):
-        self.src, sizes = src, {}
-
-        def walk(folder, prefix, above):
-            real = os.path.realpath(folder)
-            for entry in os.scandir(folder) if real not in above else ():       # circular links
-                if entry.name.startswith((".", "__MACOSX")):
-                    continue
-                if entry.is_dir():
-                    if not os.path.exists(os.path.join(entry.path, ".lock")):   # a set or a run of ours
-                        walk(entry.path, f"{prefix}{entry.name}/", {*above, real})
-                elif entry.is_file() or entry.is_symlink():                     # opening a pipe would wait for a writer
-                    sizes[prefix + entry.name] = entry.stat().st_size if entry.is_file() else -1
-
-        try:
-            walk(src, "", {str(folder) for folder in Path(src).resolve().parents})
-        except PermissionError as e:
+        def refuse(e):
             raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
+
+        self.src, sizes, top = src, {}, Path(src).resolve()
+        for folder, inner, files in os.walk(top, onerror=refuse, followlinks=True):
+            above = {os.path.realpath(path) for path in (folder, *Path(folder).parents)}
+            inner[:] = [name for name in inner if not HIDDEN.match(name)
+                        and os.path.realpath(path := os.path.join(folder, name)) not in above       # circular links
+                        and not os.path.exists(os.path.join(path, ".lock"))]        # a set or a run of ours
+            for path in (Path(folder, name) for name in files if not HIDDEN.match(name)):
+                if path.is_file() or path.is_symlink():                 # opening a pipe would wait for a writer
+                    sizes[path.relative_to(top).as_posix()] = path.stat().st_size if path.is_file() else -1
         self.names = sorted(sizes)
         self.sha256 = digest(f"{name}\t{sizes[name]}" for name in self.names)
 
@@ -575,8 +571,7 @@ class Zip(Files):
     def __init__(self, src):
         self.src, self.zip = src, zipfile.ZipFile(src)
         found = {entry.filename.replace("\\", "/"): entry for entry in self.zip.infolist()}      # as old .NET writes
-        found = {name: entry for name, entry in found.items() if not name.endswith("/")
-                 and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
+        found = {name: entry for name, entry in found.items() if not name.endswith("/") and not HIDDEN.search(name)}
         self.sha256 = digest(f"{name}\t{found[name].file_size}\t{found[name].CRC}" for name in sorted(found))
         tops = {name[:name.find("/") + 1] for name in found}
         top = tops.pop() if len(tops) == 1 else ""                      # a folder around everything does not count
@@ -607,7 +602,7 @@ if hasattr(os, "register_at_fork"):                     # an lmdb must not be ca
     os.register_at_fork(before=open_lmdb.cache_clear)
 
 
-class Lmdb(Place):
+class Lmdb:
     """The values of an lmdb, the form of LSUN; names: bytes (N,), the keys (hashes) in order, each with a full stop
     added, because numpy drops zeros at the end."""
 
@@ -662,31 +657,28 @@ def tar_pictures(path):
     return np.array(rows, np.int64).reshape(-1, 5), trouble
 
 
-def tar_shards(folder):
-    return sorted(file for file in os.listdir(folder) if file.endswith(".tar") and not file.startswith("."))
+def index_tars(src, shards, limit):
+    """The Tars of these shards, or of the first that hold `limit` pictures."""
+    paths, found = [os.path.join(src, shard) for shard in shards], []
+    with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
+        tables = tqdm(pool.map(tar_pictures, paths), desc="shards", total=len(paths), disable=None)
+        for path, (rows, trouble) in zip(paths, tables):
+            if trouble:
+                print(f"warning: {path}: {trouble}; it gave {len(rows):,} pictures", file=sys.stderr)
+            found.append(np.insert(rows, 0, len(found), axis=1))
+            if limit and sum(map(len, found)) >= limit:
+                pool.shutdown(cancel_futures=True)
+                break
+    return Tars(src, np.concatenate(found)[:limit], shards[:len(found)])
 
 
-class Tars(Place):
-    """The tar shards in a folder, as img2dataset writes them; names: int64 (N, 6), number of the shard, number of
+class Tars:
+    """Tar shards in a folder, as img2dataset writes them; names: int64 (N, 6), number of the shard, number of
     the picture in it, offset and length of the picture, offset and length of the caption."""
 
-    def __init__(self, src, names=None, shards=None, limit=None):
+    def __init__(self, src, names, shards):
         self.src, self.names, self.shards = src, names, shards
-        if names is None:
-            self.shards, found = tar_shards(src), []
-            paths = [os.path.join(src, shard) for shard in self.shards]
-            with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
-                tables = tqdm(pool.map(tar_pictures, paths), desc="shards", total=len(paths), disable=None)
-                for i, (rows, trouble) in enumerate(tables):
-                    if trouble:
-                        print(f"warning: {paths[i]}: {trouble}; it gave {len(rows):,} pictures", file=sys.stderr)
-                    found.append(np.insert(rows, 0, i, axis=1))
-                    if limit and sum(map(len, found)) >= limit:
-                        pool.shutdown(cancel_futures=True)
-                        self.shards = self.shards[:i + 1]
-                        break
-            self.names = np.concatenate(found)[:limit]
-        self.sha256 = digest(f"{shard}\t{os.path.getsize(os.path.join(src, shard))}" for shard in self.shards)
+        self.sha256 = digest(f"{shard}\t{os.path.getsize(os.path.join(src, shard))}" for shard in shards)
 
     def read(self, shard, offset, length):
         with open(os.path.join(self.src, self.shards[shard]), "rb") as f:
@@ -714,10 +706,10 @@ def open_files(src):
 
 
 # ---- how a picture becomes a square --------------------------------------------------------------
-# A crop is "square", the largest in the middle; "adm", the same as ADM cuts it; "N", the middle N pixels; or a box,
-# "LEFT,TOP,RIGHT,BOTTOM". If each picture of a set has its own box, "bbox" means that one.
 
-CROP = r"square|adm|bbox|[1-9]\d*|\d+,\d+,\d+,\d+"
+CROP = r"square|adm|bbox|[1-9]\d*|\d+,\d+,\d+,\d+"      # bbox: of a set whose every picture has its own box
+CROPS = ("square (the largest in the middle), adm (the same as ADM cuts it), N (the middle N pixels) or "
+         "LEFT,TOP,RIGHT,BOTTOM (a box)")
 
 warnings.filterwarnings("ignore", module="PIL")         # about pictures that it reads anyway
 
@@ -743,8 +735,7 @@ def adm_square(image, size):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return cut(image, str(size))
 
 
 def cut(image, crop):
@@ -858,21 +849,22 @@ def folder_labels(place, names):
         except (ValueError, TypeError, KeyError, OverflowError) as e:
             raise UserError(f"dataset.json in {place.src} is no {{'labels': [['a.png', 0], ..]}}: "
                             f"{type(e).__name__} {e}")
-        missing = [name for name in names if labels.get(name, -1) < 0]
-        if labels and missing:
+        if not labels:
+            return [], None
+        if missing := [name for name in names if labels.get(name, -1) < 0]:
             raise UserError(f"dataset.json in {place.src} has no label for {len(missing):,} of its pictures, "
                             f"such as {missing[0]!r}")
-        if labels and max(labels.values()) >= max(1000, len(names)):
-            raise UserError(f"dataset.json in {place.src} has a label {max(labels.values())} for {len(names):,} "
-                            "pictures: labels are the numbers of classes, from 0")
-        return (numbered(1 + max(labels.values()), 0), labels.get) if labels else ([], None)
-    tops = {name.split("/")[0] if "/" in name else "" for name in names}
-    if len(tops) > 2 and "" in tops:
+        if (last := max(labels.values())) >= max(1000, len(names)):
+            raise UserError(f"dataset.json in {place.src} has a label {last} for {len(names):,} pictures: "
+                            "labels are the numbers of classes, from 0")
+        return numbered(last + 1, 0), labels.get
+    tops = sorted({name.split("/")[0] if "/" in name else "" for name in names})        # "" comes first
+    if len(tops) > 1 and tops[0]:
+        number = {top: i for i, top in enumerate(tops)}
+        return tops, lambda name: number[name.split("/")[0]]
+    if len(tops) > 2:
         print(f"warning: no classes, since some pictures of {place.src} are in no subfolder", file=sys.stderr)
-    number = {top: i for i, top in enumerate(sorted(tops))}
-    if len(tops) < 2 or "" in tops:
-        return [], None
-    return list(number), lambda name: number[name.split("/")[0]]
+    return [], None
 
 
 def caption_lines(text):
@@ -902,21 +894,19 @@ def read_metadata(place, table):
 
 def folder_captions(place, names):
     """captions(name), or None. From metadata.jsonl files, else metadata.csv files, else a .txt beside each picture."""
-    files, found, beside = set(place.names), {}, {}
-    for file in ("metadata.jsonl", "metadata.csv"):
-        for table in place.find(re.escape(file)):
-            found.update(read_metadata(place, table))
-        if found:
-            break
-    if absent := sorted(found.keys() - files):
-        raise UserError(f"{file} names {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
+    files, found = set(place.names), {}                 # found: of a picture its captions, or the file that holds them
+    for table in place.find(r"metadata\.jsonl") or place.find(r"metadata\.csv"):
+        found.update(read_metadata(place, table))
+        if absent := sorted(found.keys() - files):
+            raise UserError(f"{table} names {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
     if not found:
-        beside = {name: text for name in names if (text := os.path.splitext(name)[0] + ".txt") in files}
+        found = {name: text for name in names if (text := os.path.splitext(name)[0] + ".txt") in files}
 
     def captions(name):
-        return caption_lines(place.text(beside[name])) if name in beside else found.get(name, [""])
+        there = found.get(name, [""])
+        return there if isinstance(there, list) else caption_lines(place.text(there))
 
-    without = sum(name not in found and name not in beside for name in names)
+    without = sum(name not in found for name in names)
     if 0 < without < len(names):
         print(f"warning: {without:,} of {len(names):,} pictures have no caption", file=sys.stderr)
     return captions if without < len(names) else None
@@ -929,9 +919,10 @@ def folder_source(src, size, limit, crop, in_place=False):
         return (in_place_source(place, size, limit, crop) if in_place else
                 pictures_source(place, place.names, size, limit, crop))
     place = open_files(src)
-    names, tars = place.pictures(), isinstance(place, Folder) and tar_shards(src)
+    names = place.pictures()
+    tars = [name for name in place.names if re.fullmatch(r"[^/]+\.tar", name)] if isinstance(place, Folder) else []
     if tars and (in_place or not names):
-        return in_place_source(Tars(src, limit=limit), size, limit, crop)
+        return in_place_source(index_tars(src, tars, limit), size, limit, crop)
     if in_place:
         raise UserError(f"--src {src} is no folder of .tar shards, and no lmdb")
     if tars:
@@ -983,16 +974,15 @@ def read_table(place, stem, columns=None):
     names -> {file without extension: its integers in these columns, or the last one}; {} if there is no such table.
     (The tables say .jpg, but the faces are published as .png, too.)"""
     for table in place.find(stem + r"\.(txt|csv)"):
-        lines = place.text(table).replace(",", " ").splitlines()
+        rows = [line.split() for line in place.text(table).replace(",", " ").splitlines() if line.strip()]
         try:
-            first = next(i for i, line in enumerate(lines) if line.split()[0].lower().endswith(EXTENSIONS))
-            head, at = lines[first - 1].split() if first else [], [-1]
+            first = next(i for i, cells in enumerate(rows) if cells[0].lower().endswith(EXTENSIONS))
+            head, at = rows[first - 1] if first else [], [-1]
             if columns:
                 if unknown := [c for c in columns if c not in head]:
                     raise UserError(f"--classes: no {', '.join(unknown)} in {table}; there are {', '.join(head)}")
                 at = [head.index(c) - len(head) for c in columns]
-            rows = [line.split() for line in lines[first:] if line.strip()]
-            return {Path(cells[0]).stem: [int(cells[i]) for i in at] for cells in rows}
+            return {Path(cells[0]).stem: [int(cells[i]) for i in at] for cells in rows[first:]}
         except (StopIteration, ValueError, IndexError):
             raise UserError(f"{table} in {place.src} is not the published table of files and integers")
     return {}
@@ -1028,9 +1018,6 @@ def birds_source(src, size, limit, crop):
     def table(name):                                    # lines of a number and what it stands for
         return dict(line.split(" ", 1) for line in place.text(top + name).splitlines() if line)
 
-    def bird(name):                                     # its species and number, without the extension
-        return os.path.splitext("/".join(name.split("/")[-2:]))[0]
-
     try:
         top = place.find(r"train_test_split\.txt")[0].removesuffix("train_test_split.txt")
         kinds, kind, box = table("classes.txt"), table("image_class_labels.txt"), table("bounding_boxes.txt")
@@ -1045,21 +1032,22 @@ def birds_source(src, size, limit, crop):
     except (OSError, IndexError, KeyError, ValueError) as e:
         raise UserError(f"{src} is not CUB-200-2011 as published: {type(e).__name__} {e}")
 
-    texts = {bird(name): name for name in place.find(r".*\.txt") if "text_c10" in name.split("/")}
+    texts = {name.split("text_c10/")[-1]: name for name in place.find(r".*\.txt") if "text_c10/" in name}
     if not texts:
         print(f"warning: {src} has no text_c10, the captions of Reed et al.: a set without captions", file=sys.stderr)
 
     def captions(name):
-        return caption_lines(place.text(texts[bird(name)])) if bird(name) in texts else [""]
+        text = texts.get(os.path.splitext(name.removeprefix(f"{top}images/"))[0] + ".txt")
+        return caption_lines(place.text(text)) if text else [""]
 
     return pictures_source(place, sorted(label), size, limit, crop, classes, label.get, captions if texts else None,
                            boxes)
 
 
 def imagenet_source(src, size, limit):
-    """ImageNet as shrunk by Chrabaszcz et al.: train_data_batch_1.npz .. 10, read row by row. Their labels follow a list
-    of their own, map_clsloc.txt. If it is there, classes get names and the order of all other sets of ImageNet, and of
-    published networks: that of their WordNet ids."""
+    """ImageNet as shrunk by Chrabaszcz et al.: train_data_batch_1.npz .. 10, read row by row. Their labels follow a
+    list of their own, map_clsloc.txt. If it is there, classes get names, and the order that they have in other sets of
+    ImageNet and in published networks: that of their WordNet ids."""
     place = open_files(src)
     names = sorted(place.find(r"train_data_batch_\d+\.npz"), key=lambda name: int(re.findall(r"\d+", name)[-1]))
     labels = []
@@ -1160,13 +1148,8 @@ def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=b
     return meta
 
 
-def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=None):
-    """Convert a set into DATA_DIR/NAME. True if that was done now, False if it was done before.
-
-    src: where its pictures are (emoji: the font); size: pixels a side, for sets of your own; limit: at most so many
-    pictures; crop: see CROP; classes: attributes of faces. UserError if the source is no good, the disk is
-    too small, or the set is already there with another src, size, limit, crop or classes."""
-    folder, row = set_folder(name, data_dir), BUILT_IN.get(name, OWN)
+def check_asked(name, row, size, crop, classes):
+    """UserError if the set of this name, and row of BUILT_IN, cannot be made as its arguments ask: see prepare."""
     if size is not None and row["size"] not in (None, size):
         raise UserError(f"--size {size}: {name} is always {row['size']} pixels")
     if size is not None and size < 8:
@@ -1176,23 +1159,29 @@ def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=
     if crop == "bbox" and row["crop"] != "bbox":
         raise UserError(f"--crop {crop}: {name} has no such boxes")
     if crop is not None and not re.fullmatch(CROP, crop):
-        raise UserError(f"--crop {crop} is none of: square (the largest in the middle), adm (the same as ADM cuts "
-                        "it), N (the middle N pixels), LEFT,TOP,RIGHT,BOTTOM (a box)")
+        raise UserError(f"--crop {crop} is none of: {CROPS}")
     if classes is not None and row["source"] not in (CELEBA, CELEBA_HQ):
         raise UserError("--classes: only celeba64 and celebahq256 have attributes")
     if classes is not None and len(classes) > 10:
         raise UserError(f"--classes: {len(classes)} attributes make 2^{len(classes)} classes; at most 10 go together")
+
+
+def prepare(name, data_dir, src=None, size=None, limit=None, crop=None, classes=None):
+    """Convert a set into DATA_DIR/NAME. True if that was done now, False if it was done before.
+
+    src: where its pictures are (emoji: the font); size: pixels a side, for sets of your own; limit: at most so many
+    pictures; crop: see CROP; classes: attributes of faces. UserError if the source is no good, the disk is
+    too small, or the set is already there with another src, size, limit, crop or classes."""
+    folder, row = set_folder(name, data_dir), BUILT_IN.get(name, OWN)
+    check_asked(name, row, size, crop, classes)
     src = src and os.path.abspath(os.path.expanduser(src))
     if src and Path(src).resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"--src {src} lies in {folder}, where the set goes: move the pictures away")
-    meta = read_meta(folder)
-    if meta:
-        asked = dict(src=src, size=size, limit=limit, crop=crop, classes=classes)
-        there = dict(meta, src=meta.get("source"), classes=meta.get("attributes"))
-        other = [k for k, v in asked.items() if v is not None and v != there.get(k)]
-        other = [f"--{k} {','.join(there[k]) if k == 'classes' else there[k]}" if there.get(k) else f"no --{k}"
-                 for k in other]
-        if other:
+    if meta := read_meta(folder):
+        asked = dict(src=src, size=size, limit=limit, crop=crop, classes=classes and ",".join(classes))
+        there = dict(meta, src=meta.get("source"), classes=",".join(meta.get("attributes") or []))
+        if other := [f"--{k} {there[k]}" if there.get(k) else f"no --{k}" for k, v in asked.items()
+                     if v is not None and v != there.get(k)]:
             raise UserError(f"{folder} is already there, with {', '.join(other)}; "
                             f"to prepare it anew: {removal(folder)}")
         return False
@@ -1340,32 +1329,28 @@ class Pictures:
     def __init__(self, folder):
         meta, captions = read_meta(folder), Path(folder, "captions.jsonl")
         self.folder, self.images, self.place, self.labels, self.captions = folder, None, None, None, None
-        try:
+        with or_damaged(folder, f"{removal(folder)}, and prepare it again"):
             self.name, self.size, self.n = meta["name"], meta["size"], meta["n"]
             self.classes, self.flip = meta["classes"], meta["flip"]
             self.fingerprint = digest(str(meta.get(key)) for key in ("n", "size", "classes", "crop", "sha256"))[:16]
             if "place" in meta:
                 self.place, self.crop = open_place(folder, meta), meta["crop"]
-                if meta["place"] == "Tars" and meta["captions"]:
+                if meta["captions"]:
                     place = self.place                  # not self: a reference cycle would keep it alive
                     self.captions = Rows(self.n, lambda i: place.captions(place.names[i]))
             else:
                 self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
                 if (self.images.dtype, self.images.shape[1:]) != (np.uint8, (3, self.size, self.size)):
                     raise ValueError(f"its images are {self.images.dtype} {self.images.shape}")
+                if meta.get("captions", captions.exists()):
+                    self.captions = read_lines(captions)
             if self.classes:
                 y = self.labels = np.load(os.path.join(folder, "labels.npy"))
                 if (y.dtype, y.ndim) != (np.int64, 1) or not 0 <= y.min() <= y.max() < len(self.classes):
                     raise ValueError(f"its labels are not int64 classes below {len(self.classes)}")
-            if captions.exists() or meta.get("captions") and self.place is None:
-                self.captions = read_lines(captions)
             parts = (self.place.names if self.place else self.images, self.labels, self.captions)
             if any(len(part) != self.n for part in parts if part is not None):
                 raise ValueError("its files are of different lengths")
-        except Exception as e:                          # numpy raises half a dozen kinds
-            if not is_damage(e):
-                raise
-            raise UserError(f"{folder} is damaged ({e}): {removal(folder)}, and prepare it again")
 
     def __len__(self):
         return self.n
@@ -1514,7 +1499,7 @@ def encode(encoder, texts):
     tokens = [t if len(t) <= MAX_TOKENS else [*t[:MAX_TOKENS - 1], t[-1]] for t in encoder.tokens(texts)]
     order, rows = sorted(range(len(tokens)), key=lambda i: -len(tokens[i])), [None] * len(tokens)
     while order:
-        n = max(1, 8192 // len(tokens[order[0]]))       # at most 8192 tokens in a batch, padding included
+        n = 8192 // len(tokens[order[0]])               # at most 8192 tokens in a batch, padding included
         for i, row in zip(order, encoder.vectors([tokens[i] for i in order[:n]])):
             rows[i] = row
         order = order[n:]
@@ -1530,6 +1515,10 @@ def text_folder(folder, encoder):
 def same_encoder(one, other):
     """Whether two names mean one encoder, as google/t5-v1_1-xxl, t5-v1_1-xxl and ~/models/t5-v1_1-xxl do."""
     return text_folder("", one) == text_folder("", other)
+
+
+def part_name(number):
+    return f"{number:06d}"
 
 
 def encode_part(folder, captions, numbers, encoder, tell):
@@ -1605,10 +1594,6 @@ def encode_set(pictures, encoder, limit=None, rank=0, world=1):
     return True
 
 
-def part_name(number):
-    return f"{number:06d}"
-
-
 class Features:
     """The text features of a set: encoder (its name), width d, n (pictures that have some) and null, float16 (L, d),
     the empty caption. The files of parts are opened on demand, a few at a time."""
@@ -1628,17 +1613,13 @@ class Features:
     def open(self, number):
         """The three arrays of a part."""
         folder = os.path.join(self.folder, part_name(number))
-        try:
+        remedy = f"{removal(folder)} {shlex.quote(f'{self.folder}/meta.json')}, and encode again"
+        with or_damaged(folder, remedy, LocalError):
             tokens, offsets, caption_of = (np.load(os.path.join(folder, f"{file}.npy"), mmap_mode="r")
                                            for file in ("tokens", "offsets", "caption_of"))
             if (tokens.shape != (offsets[-1], self.width) or caption_of[-1] != len(offsets) - 2
                     or len(caption_of) != min(self.part_size, self.n - number * self.part_size) + 1):
                 raise ValueError("its files do not fit each other")
-        except Exception as e:
-            if not is_damage(e):
-                raise
-            whole = shlex.quote(f"{self.folder}/meta.json")
-            raise LocalError(f"{folder} is damaged ({e}): {removal(folder)} {whole}, and encode again")
         return tokens, offsets, caption_of
 
     def row(self, i, draw=0):
@@ -1658,7 +1639,7 @@ class Features:
 
 def text_set(name):
     """The set that --cond text learns from: shapes have one of their own, with up to two objects."""
-    return f"{name}-text" if name in ("shapes", "shapes64") else name
+    return f"{name}-text" if f"{name}-text" in BUILT_IN else name
 
 
 def find_encoder(name, data_dir, asked):
@@ -1670,8 +1651,8 @@ def find_encoder(name, data_dir, asked):
         raise not_there(name, data_dir)
     if meta and not meta.get("captions", True):
         raise UserError(f"{name} has no captions: prepare it with some, or leave --cond text out")
-    found = sorted(path.parent for path in Path(folder, "text").glob("*/meta.json"))
-    there = {path.name: read_meta(path, FEATURES) for path in found}
+    files = sorted(Path(folder, "text").glob("*/meta.json"))
+    there = {file.parent.name: read_meta(file.parent, FEATURES) for file in files}
     if not asked:
         asked = "words" if name in NO_SOURCE else list(there)[0] if len(there) == 1 else ""
     if known := there.get(os.path.basename(text_folder(folder, asked))):
@@ -2050,8 +2031,7 @@ def parse(argv):
     p.add_argument("--src", metavar="PATH", help="folder, zip, lmdb or tar shards; emoji: font; cifar10: archive")
     p.add_argument("--size", metavar="S", type=int, help="pixels a side; default: 32 or 64, as fits")
     p.add_argument("--limit", metavar="N", type=int, help="at most so many pictures")
-    p.add_argument("--crop", metavar="MODE", help="square (the largest in the middle), adm (the same, as ADM does it), "
-                   "N (the middle N pixels) or LEFT,TOP,RIGHT,BOTTOM; default: the set's usual crop")
+    p.add_argument("--crop", metavar="MODE", help=f"{CROPS}; default: the set's usual crop")
     p.add_argument("--classes", metavar="A,B", type=lambda text: text.split(","),
                    help="celeba64, celebahq256: attributes to be classes, like Smiling")
     p = command("show", "draw a sheet of its pictures")

@@ -385,6 +385,7 @@ def test_linked_folders_count_and_a_link_in_a_circle_ends(album, tmp_path):
     Path(src, "cats", "across").symlink_to(elsewhere, target_is_directory=True)
     Path(elsewhere, "across").symlink_to(Path(src, "cats"), target_is_directory=True)
     os.mkfifo(Path(src, "cats", "pipe.png"))                            # which nobody ever writes to
+    Path(src, "cats", "loop").symlink_to("loop")
     pictures = prepared(src, tmp_path)
     assert pictures.classes == ["cats", "dogs"] and pictures.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
