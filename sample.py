@@ -95,7 +95,7 @@ def pick_dtype(name, device):
 
 
 def autocast(device, dtype):
-    """The context in which networks run, for a dtype of pick_dtype. Schedules, losses and samplers stay in float32.
+    """The context in which networks run, for a dtype of pick_dtype. The loss and samplers' pictures stay in float32.
     bfloat16 on a CPU also sets, for the whole process, how attention is computed (and turns off flash attention, on a
     GPU too)."""
     if pick_dtype(dtype, device) == "float32":
@@ -111,9 +111,10 @@ def autocast(device, dtype):
 
 # ---- a checkpoint ---------------------------------------------------------------------------------------------
 
-# what these fields of a config may hold; also the choices of train.py's flags
-KNOWN = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
-             clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
+# what these fields of a config, and the flags of that name here and in train.py, may hold
+CHOICES = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
+               clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"],
+               device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 
 
 def read(path, weights="ema"):
@@ -125,7 +126,7 @@ def read(path, weights="ema"):
         return read_published(path, whole, weights)
     try:
         config = {"clock": "plain", **whole["config"]}
-        for key, allowed in KNOWN.items():
+        for key, allowed in CHOICES.items():
             if config[key] not in allowed:
                 raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
         if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
@@ -210,15 +211,15 @@ def parse(argv):
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.error = lambda message: fail(f"{message} (python sample.py --help lists all flags)")
     p.add_argument("--ckpt", help="default: the newest in runs/")
-    p.add_argument("--n", type=int, help="how many pictures (of several --cfg, of each); default: 64, or 8 of "
-                   "each, or whole rounds of --prompt")
+    p.add_argument("--n", type=int, help="how many pictures, for each scale of --cfg; default: 64 (8 for each "
+                   "of several scales), or with --prompt up to as many, equally many of each")
     p.add_argument("--batch", type=int, default=64, help="pictures at a time")
-    p.add_argument("--sampler", choices=list(diffusion.SAMPLERS), help="default: the run's own")
+    p.add_argument("--sampler", choices=CHOICES["sampler"], help="default: the run's own")
     p.add_argument("--steps", type=int, help="network evaluations a picture; default: the run's own")
     p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
                    "default: the run's own")
-    p.add_argument("--clip", choices=KNOWN["clip"], help="how pictures are kept in range; default: the run's own (for "
-                   "text, with guidance above 2 that is not the run's own, dynamic in place of static)")
+    p.add_argument("--clip", choices=CHOICES["clip"], help="how pictures are kept in range; default: the run's own "
+                   "(for text, with guidance above 2 that is not the run's own, dynamic in place of static)")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
                    "one a line; default: the captions of the training's grid")
@@ -229,8 +230,8 @@ def parse(argv):
     p.add_argument("--npz", type=Path, help="also arr_0, uint8 (N, H, W, 3), for FID, and arr_1, classes or prompts")
     p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
-    p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    p.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    p.add_argument("--device", choices=CHOICES["device"], default="auto")
+    p.add_argument("--dtype", choices=CHOICES["dtype"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the network, for many pictures: takes minutes "
                    "first, and again for a last batch that is smaller, longer prompts, guidance 1 beside others")
     args = p.parse_args(argv)
@@ -274,7 +275,7 @@ def settle(args, config):
     args.scales = args.cfg or [config["cfg"]]
     args.clips = {scale: args.clip or clip_for(scale, config) for scale in args.scales}
     args.sampler, args.steps = args.sampler or config["sampler"], args.steps or config["sample_steps"]
-    args.prompt = args.prompt and with_files(args.prompt)
+    args.prompt = args.prompt and [text for prompt in args.prompt for text in lines_of(prompt)]
     if args.n is None:
         args.n = 8 if len(args.scales) > 1 else 64
         if args.prompt:                                                 # at most eight of each, and at least one
@@ -283,21 +284,17 @@ def settle(args, config):
         fail(f"a sheet holds {SHEET:,} pictures, and {len(args.scales)} rows of {args.n:,} are more: use a smaller --n")
 
 
-def with_files(prompts):
-    """The prompts asked for, [str], with the lines of FILE in place of @FILE. Some may be the same."""
-    found = []
-    for prompt in prompts:
-        if prompt.startswith("@"):
-            try:
-                lines = data.to_text(Path(prompt[1:]).read_bytes()).splitlines()
-            except OSError as e:
-                fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
-            found += [line.strip() for line in lines if line.strip()]
-        else:
-            found.append(prompt)
-    if not found:
-        fail("--prompt: the file holds no prompts")
-    return found
+def lines_of(prompt):
+    """[prompt], or the lines of FILE for @FILE."""
+    if not prompt.startswith("@"):
+        return [prompt]
+    try:
+        lines = data.to_text(Path(prompt[1:]).read_bytes()).splitlines()
+    except OSError as e:
+        fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
+    if not any(map(str.strip, lines)):
+        fail(f"--prompt {prompt}: the file holds no prompts")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def classes_of(args, names):
@@ -317,22 +314,18 @@ def features_of(prompts, args, text, limit):
     the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is freed before drawing. limit: how many
     tokens the network reads."""
     known = dict(zip(text["captions"], text["rows"]))                   # these need no encoder
-    rows = [known.get(prompt) for prompt in prompts]
-    familiar = all(row is not None for row in rows)
-    if familiar and not args.attend:
-        return rows, None
+    if known.keys() >= set(prompts) and not args.attend:
+        return [known[prompt] for prompt in prompts], None
     name = args.encoder or text["encoder"]
     encoder = data.load_encoder(name)
     here, there = torch.from_numpy(data.encode(encoder, [""])[0]).float(), text["null"].float()
     if here.shape != there.shape or F.cosine_similarity(here, there).min() < 0.98:      # devices round differently
         fail(f"the encoder {name} makes other features of the empty caption than {text['encoder']} did, by which the "
              "network was trained: name where that one lies now with --encoder")
-    if not familiar:
-        for prompt, tokens in zip(prompts, encoder.tokens(prompts)):
-            if len(tokens) > limit and data.processes()[0] == 0:
-                print(f"note: a prompt of {len(tokens):,} tokens is cut to {limit}: {prompt[:60]!r}...")
-        rows = data.encode(encoder, prompts)
-    return rows, mark(args.attend, prompts, encoder) if args.attend else None
+    for prompt, tokens in zip(prompts, encoder.tokens(prompts)):
+        if len(tokens) > limit and data.processes()[0] == 0:
+            print(f"note: a prompt of {len(tokens):,} tokens is cut to {limit}: {prompt[:60]!r}...")
+    return data.encode(encoder, prompts), mark(args.attend, prompts, encoder) if args.attend else None
 
 
 def what_to_draw(args, config, limit):
@@ -572,9 +565,12 @@ def what_decides(net, config, args, prompts):
     return json.dumps(asked).encode()
 
 
-def check_places(args, command):
+def claim(args, command, rank):
     """Make the folders of --out and --npz. Fail now, not after an hour of drawing, if they cannot be written to, or if
-    the folder --out holds anything but pictures that this same command has begun: those it goes on with."""
+    the folder --out holds anything but pictures that this same command has begun: those it goes on with.
+
+    For such a folder rank 0 gets the open file in it that records the command. While it is open, no other command can
+    draw into the folder."""
     folder, record = args.out.suffix != ".png", args.out / ASKED
     files = ([] if folder else [args.out]) + ([args.npz] if args.npz else [])
     for place in [file.parent for file in files] + ([args.out] if folder else []):
@@ -586,20 +582,18 @@ def check_places(args, command):
             fail(f"no permission to write into {place}")
     if any(file.is_dir() for file in files):
         fail("a sheet and an .npz are files, and no folders that are there: choose another --out or --npz")
-    if folder and any(path != record for path in args.out.iterdir()) and not (
-            record.is_file() and record.read_bytes() == command):
+    if not folder:
+        return None
+    same = record.is_file() and record.read_bytes() == command
+    if not same and any(path != record for path in args.out.iterdir()):
         fail(f"the folder {args.out} is not empty, and not of this very command: choose another --out, so that nothing "
              "is overwritten")
-
-
-def hold(out, command):
-    """Record in a folder of pictures what determines them -> the open file. While it is open, no other command can draw
-    into the folder."""
-    f = open(out / ASKED, "a+b")
+    if rank > 0:
+        return None
+    f = open(record, "ab")
     if not data.lock(f):
-        fail(f"another command is drawing into {out}: wait for it, or choose another --out")
-    f.seek(0)
-    if f.read() != command:
+        fail(f"another command is drawing into {args.out}: wait for it, or choose another --out")
+    if not same:
         f.truncate(0)
         f.write(command)
         f.flush()
@@ -661,9 +655,7 @@ def main():
     # where it goes
     out, folder = args.out, args.out.suffix != ".png"
     command = what_decides(net, config, args, labels)
-    check_places(args, command)
-    if rank == 0 and folder:
-        held = hold(out, command)                                       # until this function ends
+    held = claim(args, command, rank)                                   # until this function ends
     if world > 1:                                                       # all have looked, and the folder is ours
         commands = [None] * world
         dist.all_gather_object(commands, command)

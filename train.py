@@ -50,8 +50,9 @@ from sample import MODELS, fail
 
 @dataclasses.dataclass
 class Config:
-    """Everything that decides a run. Precedence: defaults < the preset < weights of --init-from < the command line."""
-    preset: str = ""                # a row of PRESETS; default: the first that fits --model, --data and --cond
+    """Everything that decides a run; the comments are also what --help says. Precedence: defaults < the preset < the
+    command line, which may not contradict the weights of --init-from (see inherited)."""
+    preset: str = ""                # a row of PRESETS; default: the one nearest to --model, --data and --cond
     # what
     model: str = "unet"             # unet, uvit, iuvit, ascend
     data: str = "shapes"            # a built-in set, or a prepared one: see data.py
@@ -101,7 +102,6 @@ class Config:
     keep_every: int = 0             # steps between checkpoints that are kept, as ckpt_0050000.pt; 0: only the last
 
 
-CHOICES = dict(sample.KNOWN, device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
 POSITIVE = ["time_shift", "time_spread", "steps", "batch", "accum", "lr", "grad_clip", "samples", "sample_steps",
             "log_every", "sample_every", "save_every", "timeout"]
 # fields that may change when a run is resumed; resume refuses all others. (device changes t, noise and which conditions
@@ -111,13 +111,14 @@ FREE = ["steps", "accum", "out", "data_dir", "device", "dtype", "compile", "grad
 
 # Minutes on a laptop:
 #   cosine                  on the linear schedule eps hardly learns outlines in this time
-#   v                       or eps, which cares less for high noise and more for outlines: which is better varies with
-#                           network and condition (README, "What is predicted, and the schedule")
+#   v                       or eps, which cares less for high noise (layout) and more for lower (outlines, detail).
+#                           Which is better varies with network and condition (README, "What is predicted, and ..")
 #   shift 1.6, spread 0.4   times gather around t = 0.6, where outlines are decided
 #   batch 16                a picture teaches 1.5 times as much as in batches of 32 (8 is as good, but slower on CPUs)
 #   cooldown 0.4            the rate falls to zero over the last 40%
 #   em, 200 steps           short runs draw oblong squares and crooked crosses, large mistakes made early: fresh noise
-#                           corrects them, a deterministic path keeps them
+#                           corrects them, a deterministic path keeps them. 200, because the noise that stays in the
+#                           picture is then of 2 grey levels on this schedule
 #   cfg 1                   guidance gains little
 LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", time_shift=1.6, time_spread=0.4,
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
@@ -136,6 +137,7 @@ SMALL64 = dict(LAPTOP, data="emoji64", cond="text", cfg=2.0, time_shift=2.0, tim
 # Narrow networks, because in minutes the number of steps matters more than width. Width 16, because CPUs multiply 16
 # numbers at a time. Most of the width is where maps are small, since a channel costs the most time at full size: with
 # the width doubled at 16 pixels already, shapes were learnt later (PYRAMID64 doubles it at half size, 32).
+# text_dim is the width of `words`; a run takes that of its own encoder.
 PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
 PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8], text_dim=256)
 VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
@@ -174,32 +176,29 @@ def vit(patch_size, dim, depth, heads, **more):
     return dict(patch_size=patch_size, dim=dim, depth=depth, heads=heads, **more)
 
 
-def pyramid(dim, dim_mults, num_blocks, attn_sizes, **more):
-    return dict(dim=dim, dim_mults=dim_mults, num_blocks=num_blocks, attn_sizes=attn_sizes, **more)
-
-
 # The paper's runs, and those it compares with. Where the paper is silent, IU-ViT and ASCEND are assumed to be trained
 # like U-ViT (except that all rows clip gradients at a norm of 1, like DDPM). Parameters are counted for text of the
 # width in the paper's table, 1024; T5-XXL is --net '{"text_dim": 4096}'.
 AS_UVIT = dict(weight_decay=0.03, beta1=0.99, beta2=0.99, sampler="em", sample_steps=1000, sample_every=25_000)
 PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
              uvit=AS_UVIT, iuvit=AS_UVIT, ascend=dict(AS_UVIT, schedule="cosine"))
-SMALL = dict(beta2=0.999, warmup=2500)                                                  # U-ViT's on CIFAR-10
+CIFAR10 = dict(beta2=0.999, warmup=2500)                                                # U-ViT's on CIFAR-10
 WORKERS = dict(workers=8)                                                               # to decode pictures in parallel
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
 TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # DDIM: the paper's
 ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
-DDIM64 = pyramid(128, [1, 2, 2, 2, 4], 2, [16], resample="conv")
-DDPM256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16], resample="conv", dropout=0.0)
-ADM256 = pyramid(256, [1, 1, 2, 2, 4, 4], 2, [32, 16, 8])
-ADM64 = pyramid(192, [1, 2, 3, 4], 3, [32, 16, 8])
-UNET_300M = pyramid(192, [1, 2, 4, 4], 2, [16, 8], text_dim=1024)
-ASCEND128 = pyramid(128, [1, 2, 2, 2, 2], 2, [16, 8])
-ASCEND256 = pyramid(128, [1, 1, 2, 2, 4, 4], 2, [16, 8])
-ASCEND_590M = pyramid(192, [1, 2, 3, 4, 4], 4, [16], dropout=0.0, text_dim=1024)    # with 8 as well it has 636M
+DDIM64 = dict(dim=128, dim_mults=[1, 2, 2, 2, 4], num_blocks=2, attn_sizes=[16], resample="conv")
+DDPM256 = dict(DDIM64, dim_mults=[1, 1, 2, 2, 4, 4], dropout=0.0)
+ADM256 = dict(dim=256, dim_mults=[1, 1, 2, 2, 4, 4], num_blocks=2, attn_sizes=[32, 16, 8])
+ADM64 = dict(dim=192, dim_mults=[1, 2, 3, 4], num_blocks=3, attn_sizes=[32, 16, 8])
+UNET_300M = dict(dim=192, dim_mults=[1, 2, 4, 4], num_blocks=2, attn_sizes=[16, 8], text_dim=1024)
+ASCEND128 = dict(dim=128, dim_mults=[1, 2, 2, 2, 2], num_blocks=2, attn_sizes=[16, 8])
+ASCEND256 = dict(ASCEND128, dim_mults=[1, 1, 2, 2, 4, 4])
+ASCEND_590M = dict(dim=192, dim_mults=[1, 2, 3, 4, 4], num_blocks=4, attn_sizes=[16],       # with 8 as well it has 636M
+                   dropout=0.0, text_dim=1024)
 
 PAPER_RUNS = [
-    # preset                    steps  batch    lr  network                             else      source; its FID
+    # preset                    steps  batch    lr  network                             else      source, size; FID
     ("unet-cifar10",          800_000,  128, 2e-4, {},                                  {}),    # DDPM; 3.17
     ("unet-celeba64",         500_000,  128, 2e-4, DDIM64,                              {}),    # DDIM; 3.26
     # DDPM's steps at these sizes are assumed, ADM's numbers are quoted from memory, CC12M's are all assumed
@@ -209,13 +208,13 @@ PAPER_RUNS = [
     ("unet-imagenet64",       540_000, 2048, 3e-4, ADM64,                   ADM_IMAGENET64),    # ADM; 2.07
     ("unet-cc12m64",          150_000,  256, 1e-4, UNET_300M,                         TEXT),    # "about 300M"
 
-    ("uvit-cifar10",          500_000,  128, 2e-4, {},                               SMALL),    # U-ViT; 3.11
+    ("uvit-cifar10",          500_000,  128, 2e-4, {},                             CIFAR10),    # U-ViT; 3.11
     ("uvit-celeba64",         500_000,  128, 2e-4, vit(4, 512, 13, 8),                  {}),    # U-ViT; 2.87
     ("uvit-imagenet64",       300_000, 1024, 3e-4, vit(4, 768, 17, 12),              CLASS),    # U-ViT-M; 5.85
     ("uvit-imagenet64-large", 300_000, 1024, 3e-4, vit(4, 1024, 21, 16),             CLASS),    # U-ViT-L; 4.26
 
     # from here to the end the batch is assumed, and so is the rate where it is 2e-4
-    ("iuvit-cifar10",         500_000,  128, 2e-4, {},                               SMALL),    # 45M; 2.56
+    ("iuvit-cifar10",         500_000,  128, 2e-4, {},                             CIFAR10),    # 45M; 2.56
     ("iuvit-celeba64",        500_000,  128, 2e-4, vit(4, 512, 13, 8),                  {}),    # 45M
     ("iuvit-church128",       450_000,  256, 2e-4, vit(8, 1408, 17, 22),                {}),    # 442M; the set assumed
     ("iuvit-church256",       150_000,  256, 2e-4, vit(16, 1536, 17, 24),               {}),    # 527M
@@ -224,7 +223,7 @@ PAPER_RUNS = [
     ("iuvit-cc12m64",         150_000,  256, 1e-4, vit(4, 1024, 17, 16, text_dim=1024), TEXT),  # 307M
 
     # for ASCEND the steps and networks are assumed as well: the values of the paper's table are not available to us
-    ("ascend-cifar10",        500_000,  128, 2e-4, {},                               SMALL),    # 2.98
+    ("ascend-cifar10",        500_000,  128, 2e-4, {},                             CIFAR10),    # 2.98
     ("ascend-celeba64",       500_000,  128, 2e-4, {},                                  {}),
     ("ascend-cub64",          200_000,  128, 2e-4, {},                                  {}),
     ("ascend-cub128",         200_000,  128, 2e-4, ASCEND128,                           {}),
@@ -233,13 +232,8 @@ PAPER_RUNS = [
     ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),  # 590M, dim_mults: paper's
 ]
 
-
-def paper_run(name, steps, batch, lr, net, other):
-    model, dataset = name.split("-")[:2]
-    return dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
-
-
-PRESETS.update({row[0]: paper_run(*row) for row in PAPER_RUNS})
+PRESETS |= {name: dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
+            for name, steps, batch, lr, net, other in PAPER_RUNS for model, dataset in [name.split("-")[:2]]}
 
 
 # ---- the command line ---------------------------------------------------------------------------------
@@ -317,7 +311,7 @@ def parse(argv):
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=json_object)}
     for field in dataclasses.fields(Config):
-        kind = kinds.get(field.type, dict(type=field.type, choices=CHOICES.get(field.name)))
+        kind = kinds.get(field.type, dict(type=field.type, choices=sample.CHOICES.get(field.name)))
         parser.add_argument("--" + field.name.replace("_", "-"), help=comments.get(field.name), **kind)
     parser.add_argument("--fresh", action="store_true", default=False, help="start over; the old run is moved aside")
     parser.add_argument("--dry-run", action="store_true", default=False, help="print the resolved config and stop")
@@ -353,12 +347,13 @@ def resolve(asked, fresh):
     net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
     config = Config(**{**row, **asked, "preset": name, "net": net})
     classes = data.describe(config.data, config.data_dir)["classes"]
+    plain = "class" if classes else "none"
     if "cond" not in asked and config.data != row["data"]:
-        config.cond = "class" if classes else "none"    # the row was made for another set
+        config.cond = plain                             # the row was made for another set
     if config.cond == "text":
         config.net.setdefault("text_dim", 1024)         # as in the paper's table; a run takes its features' width
         if not data.BUILT_IN.get(data.text_set(config.data), {}).get("captions", True):
-            fail(f"{config.data} has no captions: use --cond {'class' if classes else 'none'}")
+            fail(f"{config.data} has no captions: use --cond {plain}")
         if config.cfg > 2 and "clip" not in row and "clip" not in asked:
             config.clip = "dynamic"                     # strong guidance saturates
     elif config.encoder:
@@ -369,10 +364,10 @@ def resolve(asked, fresh):
         fail(f"{config.data} has no classes: use --cond none")
     if config.drop == 0 and config.cond != "none" and config.cfg != 1:
         fail("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
+    # a run with another condition than the usual one has a folder of its own
     own = config.data == row["data"] and config.model == row["model"]
-    usual = row.get("cond", Config.cond) if own else "class" if classes else "none"
-    other = f"-{config.cond}" if config.cond != usual else ""               # so not in the folder of the usual run
-    config.out = config.out or f"runs/{name if own else f'{config.model}-{config.data}'}{other}"
+    base, usual = (name, row.get("cond", "none")) if own else (f"{config.model}-{config.data}", plain)
+    config.out = config.out or f"runs/{base}" + ("" if config.cond == usual else f"-{config.cond}")
     if Path(config.out).name in ("", ".."):
         fail(f"--out must name a folder of its own, not {config.out}")
     if fresh and config.init_from and Path(config.out).resolve() in Path(config.init_from).resolve().parents:
@@ -455,12 +450,11 @@ def move_aside(out):
     if not any(Path(out, file).exists() for file in ("config.json", "ckpt.pt")):
         return
     claim(out).close()
-    linked = out.is_symlink()                           # a link stays, and leads to the new run: to another disk, say
-    out = out.resolve() if linked else out
-    aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-old{i}")).exists())
-    out.rename(aside)
-    if linked:
-        out.mkdir()
+    real = out.resolve()
+    aside = next(p for i in range(1, 10**6) if not (p := real.with_name(f"{real.name}-old{i}")).exists())
+    real.rename(aside)
+    if out.is_symlink():                                # a link stays, and leads to the new run: to another disk, say
+        real.mkdir()
     print(f"the old run is now {aside}")
 
 
@@ -488,8 +482,8 @@ def keep_freed_memory():
 
 
 def start_from(net, config, info):
-    """Load the weights of --init-from -> a line that says so. If the classes differ, their embedding starts anew, null
-    class included; all else must fit."""
+    """Load the weights of --init-from. If the classes differ, their embedding starts anew, null class included; all
+    else must fit."""
     there, weights = sample.read(config.init_from)
     if there["cond"] == config.cond == "text" and not data.same_encoder(there["text"]["encoder"], config.encoder):
         fail(f"{config.init_from} reads captions by the encoder {there['text']['encoder']}, and not by "
@@ -508,7 +502,8 @@ def start_from(net, config, info):
         fail(f"the weights of {config.init_from} do not fit {config.model} with --cond {config.cond} and "
              f"{info['size']}x{info['size']} pictures: {e}")
     anew = f"; the embedding of the {len(classes)} classes starts anew" if key in own and not kept else ""
-    return f"starting from {config.init_from}{anew}"
+    if data.processes()[0] == 0:
+        print(f"starting from {config.init_from}{anew}")
 
 
 def make_data(config, source):
@@ -543,11 +538,18 @@ def grid_text(pictures, features, n):
 
 
 def facts(record):
-    """What must be equal in two records of a run (but for FREE), in one flat dict: fields, the network's arguments, and
-    what is known of the set (its flip in place of the field's, which may be None)."""
+    """All that decides a run, in one flat dict: fields, the network's arguments, and what is known of the set (its flip
+    in place of the field's, which may be None)."""
     arguments = {f"net {name}": value for name, value in record["net"].items()}
     fields = {name: value for name, value in record.items() if name not in ("net", "info")}
-    return {**fields, **arguments, "captioned": None, **record["info"]}     # captioned: there if not all pictures are
+    info = dict(record["info"])
+    return {"pictures, by their fingerprint": info.pop("fingerprint", None), **fields, **arguments, **info}
+
+
+def differing(runs, free):
+    """{name: its value in each of the runs} for the facts in which they differ, but for the free ones."""
+    values = {name: [run.get(name) for run in runs] for run in runs for name in run if name not in free}
+    return {name: seen for name, seen in values.items() if any(value != seen[0] for value in seen)}
 
 
 def resume(record, net, ema, opt):
@@ -566,10 +568,8 @@ def resume(record, net, ema, opt):
     asked = facts(json.loads(json.dumps(record)))                   # in JSON, tuples are lists
     if data.same_encoder(str(old.get("encoder")), asked["encoder"]):    # which may have moved since
         old["encoder"] = asked["encoder"]
-    names = {**asked, **{k: v for k, v in old.items() if k.startswith("net ")}}     # either may lack some arguments
-    told = {"fingerprint": "pictures, by their fingerprint"}
-    changed = [f"{told.get(k, k)}: {reprlib.repr(old.get(k))} there, {reprlib.repr(asked.get(k))} asked" for k in names
-               if k not in FREE and old.get(k) != asked.get(k)]
+    changed = [f"{name}: {reprlib.repr(there)} there, {reprlib.repr(mine)} asked"
+               for name, (there, mine) in differing([old, asked], FREE).items()]
     if changed:
         fail(f"{out} holds another run ({'; '.join(changed)}): choose another --out, or --fresh to start over")
     if ckpt is None:
@@ -587,6 +587,26 @@ def resume(record, net, ema, opt):
     except Exception as e:                                          # torch raises half a dozen kinds
         fail(f"{out / 'ckpt.pt'} is damaged or of other code ({type(e).__name__} {data.first_line(e)}): "
              "choose another --out, or --fresh to start over")
+
+
+def agree(record, start):
+    """UserError if processes differ in flags (but in where things lie), in the steps done, or in their pictures."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {"steps done in --out": start, **facts(record)})
+    other = [f"{name}: {reprlib.repr(seen)}" for name, seen in differing(found, ["out", "data_dir", "workers"]).items()]
+    if other:
+        fail(f"processes differ ({'; '.join(other)}): all nodes need the same flags, --out and pictures")
+
+
+def announce(config, size, n, net, n_params, flops):
+    """Print what is trained, on n pictures of that size."""
+    print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} ({n_params / 1e6:.1f}M "
+          f"parameters, {flops / 1e9:.2f} GFLOPs a picture) on {n:,} pictures of {config.data}, {size}x{size}; the "
+          f"CIFAR-10 run of this model: torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
+    attending = [name for name, m in net.named_modules() if type(m).__name__ == "SpatialAttention"]
+    if attending == ["middle.1"] and config.net.get("attn_sizes") != []:
+        print(f"note: with {size}x{size} pictures no map has a size in attn_sizes, so only the middle has attention: "
+              "name others in --net")
 
 
 def keep_log(path, step):
@@ -633,11 +653,23 @@ def listen_for_stops(worker=None):
     return stops
 
 
-def shut_down(loader):
-    """At exit, end the processes of a loader (a weakref) that an error has kept alive. Python itself sends them one
-    SIGTERM, which they survive, and would then wait for ever."""
-    if loader():
-        loader()._shutdown_workers()
+def read_ahead(shares, config, start, device):
+    """An iterator over `shares`, data.Batches, from step `start` on. With --workers, so many processes read ahead."""
+    data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # cached now, so that workers inherit it
+    if config.workers and os.path.isdir("/dev/shm"):    # where workers put batches, two each; without room they hang
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * config.workers
+        text = 2 * shares.multiple * shares.features.width if shares.features else 0
+        need = 2 * here * len(shares.rows) * (3 * shares.pictures.size**2 + text)               # bytes, at least
+        data.check_room("/dev/shm", need, "fewer --workers, or in Docker a larger --shm-size")
+    batches = iter(torch.utils.data.DataLoader(
+        shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
+        worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
+    if config.workers:
+        # at exit, end those that an error has kept alive: Python itself sends them one SIGTERM, which they survive, and
+        # would then wait for ever. (A weak reference, which does not keep them alive itself.)
+        alive = weakref.ref(batches)
+        atexit.register(lambda: alive() and alive()._shutdown_workers())
+    return batches
 
 
 def learning_rate(config, step):
@@ -693,10 +725,9 @@ def main():
     n_params, flops = measure(config, info)
 
     rank, world = data.processes()                                  # one by default, or as many as torchrun started
-    main_rank = rank == 0
     if dry_run:
-        if main_rank:
-            print(json.dumps(dict(dataclasses.asdict(config), params=n_params, gflops=round(flops / 1e9, 3))))
+        if rank == 0:
+            print(json.dumps(dict(vars(config), params=n_params, gflops=round(flops / 1e9, 3))))
         return
 
     # processes, device, precision
@@ -705,9 +736,10 @@ def main():
         fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
              f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     device = sample.pick_device(config.device)
-    if config.compile:
+    compiled = device.type == "cuda" if config.compile is None else config.compile
+    if compiled:
         check_compiling(device, config.dtype)
-    if fresh and main_rank:             # at once: if a rank dies from here on, its replacement goes on with the new run
+    if fresh and rank == 0:             # at once: if a rank dies from here on, its replacement goes on with the new run
         move_aside(Path(config.out))
     store = join(config, device) if world > 1 else None
     keep_freed_memory()
@@ -719,12 +751,12 @@ def main():
     out = Path(config.out)
     torch.manual_seed(config.seed)
     net = diffusion.on_clock(sample.build(vars(config), info), config.clock)
-    begins = fresh or not (out / "ckpt.pt").exists()
     # weights that do not fit are refused here, before there is a folder; resume(), below, loads a run's own
-    origin = start_from(net, config, info) if config.init_from and begins else None
+    if config.init_from and not (out / "ckpt.pt").exists():
+        start_from(net, config, info)
 
     # data, and the run's folder: rank 0 makes what is missing, and the others wait
-    if main_rank:
+    if rank == 0:
         make_data(config, source)
         lock = claim(out)                                           # held to the end of this function
         if store:
@@ -747,39 +779,22 @@ def main():
     params, averaged = list(net.parameters()), list(ema.parameters())
     opt = torch.optim.AdamW(params, lr=config.lr, betas=(config.beta1, config.beta2),
                             weight_decay=config.weight_decay, fused=True)
-    start, seconds, skipped_before = resume(record, net, ema, opt)  # skipped: steps whose gradient was not finite
+    start, seconds, skipped = resume(record, net, ema, opt)         # skipped: steps whose gradient was not finite
     if world > 1:
-        mine = {"steps done in --out": start, "pictures, by their fingerprint": pictures.fingerprint,
-                **{key: value for key, value in record.items() if key not in ("out", "data_dir", "workers", "info")}}
-        found = [None] * world
-        dist.all_gather_object(found, mine)
-        values = {key: [there[key] for there in found] for key in mine}
-        if other := [f"{key}: {reprlib.repr(seen)}" for key, seen in values.items() if any(v != seen[0] for v in seen)]:
-            fail(f"processes differ ({'; '.join(other)}): all nodes need the same flags, --out and pictures")
-    if main_rank and start < config.steps:
-        print(f"training {config.model}, preset {config.preset or 'none'}, condition {config.cond} "
-              f"({n_params / 1e6:.1f}M parameters, {flops / 1e9:.2f} GFLOPs a picture) on "
-              f"{features.n if features else len(pictures):,} pictures of {config.data}, "
-              f"{info['size']}x{info['size']}; the CIFAR-10 run of this model: "
-              f"torchrun --nproc_per_node=8 train.py --model {config.model} --data cifar10")
-        attending = [name for name, m in net.named_modules() if type(m).__name__ == "SpatialAttention"]
-        if attending == ["middle.1"] and config.net.get("attn_sizes") != []:
-            print(f"note: with {info['size']}x{info['size']} pictures no map has a size in attn_sizes, so only the "
-                  "middle has attention: name others in --net")
+        agree(record, start)
+    if rank == 0 and start < config.steps:
+        announce(config, info["size"], features.n if features else len(pictures), net, n_params, flops)
         if start:
             print(f"going on from step {start}")
-        if origin:
-            print(origin)
+        if compiled:
+            print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
         data.write_file(out / "config.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
         keep_log(out / "log.csv", start)
 
     if config.grad_ckpt:
         checkpoint_blocks(net)                                      # but not in ema, which needs no gradients
     model = net                                                     # what is trained: net, maybe compiled, maybe in DDP
-    compiled = device.type == "cuda" if config.compile is None else config.compile
     if compiled:
-        if main_rank and start < config.steps:
-            print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
         # no graphs for gradients summed over passes, which they get wrong (PyTorch's issue 169545), nor with DDP or
         # --grad-ckpt, where they have not been tried
         model = sample.compile_network(model, graphs=world == 1 and config.accum == 1 and not config.grad_ckpt)
@@ -796,22 +811,13 @@ def main():
     # to this loader, a sample is this process's share of batch number `step`, so it can begin at any step
     multiple = 64 if compiled else 8                                # of tokens: it is compiled anew for each length
     shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, multiple)
-    data.permutation(config.seed, start * config.batch // shares.n, shares.n)   # cached now, so that workers inherit it
-    if config.workers and os.path.isdir("/dev/shm"):    # where workers put batches, two each; without room they hang
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * config.workers
-        each = 3 * info["size"]**2 + (2 * multiple * features.width if features else 0)         # bytes, at least
-        data.check_room("/dev/shm", 2 * here * len(rows) * each, "fewer --workers, or in Docker a larger --shm-size")
-    batches = iter(torch.utils.data.DataLoader(
-        shares, sampler=range(start, config.steps), batch_size=None, num_workers=config.workers,
-        worker_init_fn=listen_for_stops, pin_memory=device.type == "cuda"))
-    if config.workers:
-        atexit.register(shut_down, weakref.ref(batches))
+    batches = read_ahead(shares, config, start, device)
 
     sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
-    skipped, in_row = torch.tensor([skipped_before, 0.0], device=device)                    # in_row: skipped in a row
-    logged = saved = start                                          # steps of the last row and the last checkpoint
+    skipped, in_row = torch.tensor([skipped, 0.0], device=device)       # in_row: skipped in a row
+    saved = start                                                   # the step of the last checkpoint
     began, since = now() - seconds, now()       # since: when the last row was logged, later by all pauses
-    bar = tqdm(total=config.steps, initial=start, disable=not main_rank, unit="step", dynamic_ncols=True,
+    bar = tqdm(total=config.steps, initial=start, disable=rank > 0, unit="step", dynamic_ncols=True,
                mininterval=1 if sys.stderr.isatty() else 60)        # a log file would grow by a line a second
 
     def log(step):
@@ -823,9 +829,9 @@ def main():
         row = dict(step=step, loss=sum(total) / max(1, sum(count)),
                    **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
                    grad_norm=float(norm), lr=opt.param_groups[0]["lr"],
-                   images_per_s=(step - logged) * config.batch / (now() - since), seconds=now() - began,
+                   images_per_s=sum(count) / (now() - since), seconds=now() - began,
                    skipped=int(skipped))
-        if main_rank:
+        if rank == 0:
             with open(out / "log.csv", "a", newline="") as f:
                 if not f.tell():
                     print(*row, sep=",", file=f)
@@ -843,38 +849,42 @@ def main():
                   f"--grad-ckpt, or a smaller --batch (now {config.batch})", file=sys.stderr)
         else:
             sys.__excepthook__(kind, e, trace)
-            if of_compiler:
-                print("torch.compile failed; --no-compile does without", file=sys.stderr)
+        if of_compiler:
+            print("torch.compile failed; --no-compile does without", file=sys.stderr)
         print(f"rank {rank} failed at step {step}; {again} goes on from step {saved}", file=sys.stderr)
 
+    def due(every):                                                 # is what comes every `every` steps due now?
+        return step > 0 and every > 0 and step % every == 0
+
+    # each pass first logs, saves and draws what is due after the `step` steps done so far, and then does one more; the
+    # last pass does none
     sys.excepthook = explain
-    for step in range(start, max(start, config.steps) + 1):         # step: how many are done; the last pass adds none
-        # first what is due after the steps so far: log, save, then draw, which may take minutes
+    for step in range(start, max(start, config.steps) + 1):
         leaving = torch.tensor([float(len(stops) > 0)])             # a signal may come any time, and ranks must agree
         if world > 1:
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
         last = step >= config.steps
-        if step > start and (step % config.log_every == 0 or leaving or last):
+        if step > start and (due(config.log_every) or leaving or last):
             log(step)
-            since, logged = now(), step
+            since = now()
             if in_row >= BAD_STEPS:
                 good = f"{out / 'ckpt.pt'} is of step {saved}" if saved else "nothing was saved yet"
                 fail(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
                      f"{good}. Go on with --dtype float32, or begin anew with a smaller --lr")
         pause = now()
-        kept = step > 0 and config.keep_every and step % config.keep_every == 0
-        shown = step > 0 and (step % config.sample_every == 0 or last)
-        if step > saved and (step % config.save_every == 0 or kept or shown or leaving):
-            if main_rank:
-                # all that a resumed run cannot work out: the rest follows from config, seed and step
+        keep, show = due(config.keep_every), due(config.sample_every) or last
+        if step > saved and (due(config.save_every) or keep or show or leaving):
+            if rank == 0:
+                # what a resumed run cannot work out (the rest follows from config, seed and step), and what sample.py
+                # needs: ema, text and config
                 ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), text=text, step=step,
                             skipped=int(skipped), seconds=now() - began, config=record)
-                for name in [f"ckpt_{step:07d}.pt", "ckpt.pt"] if kept else ["ckpt.pt"]:
+                for name in [f"ckpt_{step:07d}.pt", "ckpt.pt"] if keep else ["ckpt.pt"]:
                     data.write_file(out / name, lambda f: torch.save(ckpt, f))
             saved = step
-        sheet = out / f"samples/step_{step:07d}.png"                # `start` may have none, after a stop or a kill
-        drawn = step == start and sheet.exists()
-        if shown and not (drawn or leaving):
+        sheet = out / f"samples/step_{step:07d}.png"
+        drawn = step == start and sheet.exists()                    # by a run that stopped, or was killed, after that
+        if show and not (drawn or leaving):                         # drawing may take minutes
             with precision:
                 draw_grid(ema, dict(record, text=text), sheet, micro, device)
         since += now() - pause
@@ -921,7 +931,7 @@ def main():
         bar.update()
 
     bar.close()
-    if main_rank:
+    if rank == 0:
         hint = f"{again} resumes"
         if last:
             ckpt = shlex.quote(str(out / "ckpt.pt"))
