@@ -381,8 +381,8 @@ def check(config):
         flag = f"--{field.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"{flag} must be a finite number, not {value}")
-        if field in POSITIVE and not value > 0:
-            fail(f"{flag} must be above 0, not {value}")
+        if field in POSITIVE and not 0 < value < 1e9:
+            fail(f"{flag} must be above 0, and below 10^9, not {value}")
         if field in ("drop", "cooldown", "ema", "beta1", "beta2") and not 0 <= value < 1:
             fail(f"{flag} must lie in [0, 1), not at {value}")
         if field in ("warmup", "workers", "weight_decay", "seed", "keep_every") and not 0 <= value < 2**63:

@@ -935,6 +935,7 @@ def test_no_field_of_the_config_is_without_a_test_of_its_flag():
     ("--accum 0", "above 0"), ("--lr 0", "above 0"), ("--lr nan", "--lr must be a finite"),
     ("--grad-clip 0", "above 0"), ("--time-shift 0", "above 0"), ("--time-spread 0", "above 0"),
     ("--samples 0", "above 0"), ("--sample-steps 0", "above 0"), ("--timeout 0", "above 0"),
+    ("--timeout 10000000000", "below 10^9"),
     ("--log-every 0", "above 0"), ("--sample-every 0", "above 0"), ("--save-every 0", "above 0"),
     ("--drop 1", "[0, 1)"), ("--drop -0.1", "[0, 1)"), ("--ema 1", "[0, 1)"), ("--beta1 1", "[0, 1)"),
     ("--beta2 2", "[0, 1)"), ("--warmup -1", "not be negative"), ("--workers -1", "not be negative"),
