@@ -385,7 +385,9 @@ def drawn_source(src, size, limit, classes, items):
 
 
 def shape_items(count, size):
-    yield from zip(*draw_shapes(np.arange(count), size), itertools.repeat(None))
+    for start in range(0, count, 500):
+        images, labels = draw_shapes(np.arange(start, min(start + 500, count)), size)
+        yield from zip(images, labels, [None] * len(labels))
 
 
 shapes_source = functools.partial(drawn_source, classes=SHAPE_CLASSES, items=shape_items)
@@ -486,10 +488,10 @@ def emoji_source(src, size, limit):
     try:                                                # the other layout engine fails on some
         font = ImageFont.truetype(path, 109, layout_engine=ImageFont.Layout.BASIC)
         glyphs = spread([c for c in names if names[c] and font.getbbox(c) == (0, 0, 136, 128)], limit)
-    except OSError:
-        glyphs = []
+    except OSError as e:
+        raise UserError(f"{path} is not Noto Color Emoji, a font of 109-pixel bitmaps: {e}")
     if not glyphs:
-        raise UserError(f"{path} is not Noto Color Emoji, a font with glyphs of 136 x 128 pixels and no other size")
+        raise UserError(f"{path} is not Noto Color Emoji: it has no glyphs of 136 x 128 pixels")
 
     def items():
         for c in glyphs:
@@ -546,18 +548,23 @@ class Folder(Files):
     """All files below a folder, also in linked folders. Sorted, because disks have orders of their own."""
 
     def __init__(self, src):
-        def refuse(e):
-            raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
+        self.src, sizes = src, {}
 
-        self.src, sizes, top = src, {}, Path(src).resolve()
-        for folder, inner, files in os.walk(top, onerror=refuse, followlinks=True):
-            above = {os.path.realpath(path) for path in (folder, *Path(folder).parents)}
-            inner[:] = [name for name in inner if not HIDDEN.match(name)
-                        and os.path.realpath(path := os.path.join(folder, name)) not in above       # circular links
-                        and not os.path.exists(os.path.join(path, ".lock"))]        # a set or a run of ours
-            for path in (Path(folder, name) for name in files if not HIDDEN.match(name)):
-                if path.is_file() or path.is_symlink():                 # opening a pipe would wait for a writer
-                    sizes[path.relative_to(top).as_posix()] = path.stat().st_size if path.is_file() else -1
+        def walk(folder, prefix, above):
+            real = os.path.realpath(folder)
+            for entry in os.scandir(folder) if real not in above else ():       # circular links
+                if HIDDEN.match(entry.name):
+                    continue
+                if os.path.isdir(entry.path):
+                    if not os.path.exists(os.path.join(entry.path, ".lock")):   # a set or a run of ours
+                        walk(entry.path, f"{prefix}{entry.name}/", {*above, real})
+                elif (file := os.path.isfile(entry.path)) or entry.is_symlink():        # not a pipe: opening it would
+                    sizes[prefix + entry.name] = os.path.getsize(entry.path) if file else -1    # wait for a writer
+
+        try:
+            walk(src, "", {str(folder) for folder in Path(src).resolve().parents})
+        except PermissionError as e:
+            raise UserError(f"cannot read the folder {e.filename}: {e.strerror}")
         self.names = sorted(sizes)
         self.sha256 = digest(f"{name}\t{sizes[name]}" for name in self.names)
 
@@ -662,7 +669,7 @@ def index_tars(src, shards, limit):
     paths, found = [os.path.join(src, shard) for shard in shards], []
     with ProcessPoolExecutor(min(len(paths), os.cpu_count())) as pool:
         tables = tqdm(pool.map(tar_pictures, paths), desc="shards", total=len(paths), disable=None)
-        for path, (rows, trouble) in zip(paths, tables):
+        for (rows, trouble), path in zip(tables, paths):
             if trouble:
                 print(f"warning: {path}: {trouble}; it gave {len(rows):,} pictures", file=sys.stderr)
             found.append(np.insert(rows, 0, len(found), axis=1))
@@ -895,10 +902,13 @@ def read_metadata(place, table):
 def folder_captions(place, names):
     """captions(name), or None. From metadata.jsonl files, else metadata.csv files, else a .txt beside each picture."""
     files, found = set(place.names), {}                 # found: of a picture its captions, or the file that holds them
-    for table in place.find(r"metadata\.jsonl") or place.find(r"metadata\.csv"):
-        found.update(read_metadata(place, table))
-        if absent := sorted(found.keys() - files):
+    for table in (*place.find(r"metadata\.jsonl"), *place.find(r"metadata\.csv")):
+        if found and table.endswith(".csv"):
+            break
+        rows = read_metadata(place, table)
+        if absent := sorted(rows.keys() - files):
             raise UserError(f"{table} names {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
+        found.update(rows)
     if not found:
         found = {name: text for name in names if (text := os.path.splitext(name)[0] + ".txt") in files}
 
@@ -1018,6 +1028,9 @@ def birds_source(src, size, limit, crop):
     def table(name):                                    # lines of a number and what it stands for
         return dict(line.split(" ", 1) for line in place.text(top + name).splitlines() if line)
 
+    def bird(name):                                     # its species and number, without the extension
+        return os.path.splitext("/".join(name.split("/")[-2:]))[0]
+
     try:
         top = place.find(r"train_test_split\.txt")[0].removesuffix("train_test_split.txt")
         kinds, kind, box = table("classes.txt"), table("image_class_labels.txt"), table("bounding_boxes.txt")
@@ -1032,13 +1045,12 @@ def birds_source(src, size, limit, crop):
     except (OSError, IndexError, KeyError, ValueError) as e:
         raise UserError(f"{src} is not CUB-200-2011 as published: {type(e).__name__} {e}")
 
-    texts = {name.split("text_c10/")[-1]: name for name in place.find(r".*\.txt") if "text_c10/" in name}
+    texts = {bird(name): name for name in place.find(r".*\.txt") if "text_c10" in name.split("/")}
     if not texts:
         print(f"warning: {src} has no text_c10, the captions of Reed et al.: a set without captions", file=sys.stderr)
 
     def captions(name):
-        text = texts.get(os.path.splitext(name.removeprefix(f"{top}images/"))[0] + ".txt")
-        return caption_lines(place.text(text)) if text else [""]
+        return caption_lines(place.text(texts[bird(name)])) if bird(name) in texts else [""]
 
     return pictures_source(place, sorted(label), size, limit, crop, classes, label.get, captions if texts else None,
                            boxes)
@@ -1335,7 +1347,7 @@ class Pictures:
             self.fingerprint = digest(str(meta.get(key)) for key in ("n", "size", "classes", "crop", "sha256"))[:16]
             if "place" in meta:
                 self.place, self.crop = open_place(folder, meta), meta["crop"]
-                if meta["captions"]:
+                if meta.get("captions"):
                     place = self.place                  # not self: a reference cycle would keep it alive
                     self.captions = Rows(self.n, lambda i: place.captions(place.names[i]))
             else:

@@ -127,7 +127,7 @@ def read(path, weights="ema"):
     try:
         config = {"clock": "plain", **whole["config"]}
         for key, allowed in CHOICES.items():
-            if config[key] not in allowed:
+            if key not in ("device", "dtype") and config[key] not in allowed:
                 raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
         if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
             raise ValueError("its sample_steps, cfg and drop are not all numbers")
@@ -314,7 +314,8 @@ def features_of(prompts, args, text, limit):
     the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is freed before drawing. limit: how many
     tokens the network reads."""
     known = dict(zip(text["captions"], text["rows"]))                   # these need no encoder
-    if known.keys() >= set(prompts) and not args.attend:
+    familiar = known.keys() >= set(prompts)
+    if familiar and not args.attend:
         return [known[prompt] for prompt in prompts], None
     name = args.encoder or text["encoder"]
     encoder = data.load_encoder(name)
@@ -325,7 +326,8 @@ def features_of(prompts, args, text, limit):
     for prompt, tokens in zip(prompts, encoder.tokens(prompts)):
         if len(tokens) > limit and data.processes()[0] == 0:
             print(f"note: a prompt of {len(tokens):,} tokens is cut to {limit}: {prompt[:60]!r}...")
-    return data.encode(encoder, prompts), mark(args.attend, prompts, encoder) if args.attend else None
+    rows = [known[prompt] for prompt in prompts] if familiar else data.encode(encoder, prompts)
+    return rows, mark(args.attend, prompts, encoder) if args.attend else None
 
 
 def what_to_draw(args, config, limit):

@@ -489,8 +489,9 @@ def start_from(net, config, info):
         fail(f"{config.init_from} reads captions by the encoder {there['text']['encoder']}, and not by "
              f"{config.encoder}: name it with --encoder")
     own, key, classes = net.state_dict(), "class_embed.weight", info["classes"]
-    # published files have numbers for names, in the usual order: not in that of ImageNet's npz files without names
-    numbers = [] if classes == data.numbered(1000) else [str(i) for i in range(len(classes))]
+    # published files have numbers for names, in the order of the WordNet ids, which are the last words of ours
+    sorted_too = config.data != "imagenet64" or classes == sorted(classes, key=lambda name: name.split()[-1])
+    numbers = [str(i) for i in range(len(classes))] if sorted_too else []
     kept = there["cond"] == config.cond == "class" and there["info"]["classes"] in (classes, numbers)
     try:
         if not kept:
@@ -668,7 +669,7 @@ def read_ahead(shares, config, start, device):
         # at exit, end those that an error has kept alive: Python itself sends them one SIGTERM, which they survive, and
         # would then wait for ever. (A weak reference, which does not keep them alive itself.)
         alive = weakref.ref(batches)
-        atexit.register(lambda: alive() and alive()._shutdown_workers())
+        atexit.register(lambda: alive() is not None and alive()._shutdown_workers())
     return batches
 
 

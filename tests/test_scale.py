@@ -82,6 +82,19 @@ def tell(process, sig):
             os.kill(pid, sig)
 
 
+@pytest.mark.parametrize("start", [0, 5])
+def test_loaders_end_with_the_program_even_if_no_step_is_left_for_them(datasets, start):
+    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, data, train
+config, _, _ = train.parse(["--steps", "5", "--workers", "1"])
+shares = data.Batches(data.open_set("shapes", {str(datasets)!r}), 2, range(2), 0, False)
+batches = train.read_ahead(shares, config, {start}, torch.device("cpu"))
+if __name__ == "__main__":
+    raise data.UserError("as when a sheet cannot be written")"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert "as when a sheet" in run.stderr, run.stderr
+
+
 @pytest.fixture
 def torchrun(tmp_path):
     """torchrun(...) starts `torchrun ...` in an empty folder. What still runs at the end of the test is killed."""

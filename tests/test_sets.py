@@ -500,6 +500,9 @@ def test_a_metadata_table_without_captions_is_told_of(published, tmp_path, capsy
     write(src / "metadata.csv", "file_name;text", "a.png;one")                  # a semicolon is no comma
     assert len(opened("mine", src, tmp_path).captions) == 3
     assert "metadata.csv in" in (told := capsys.readouterr().err) and "gives no captions" in told
+    write(src / "metadata.csv", "file_name,text", "a.png,one")
+    write(src / "metadata.jsonl", '{"file_name": "a.png", "label": 3}')
+    assert opened("other", src, tmp_path).captions[0] == ["one"], "a table without captions hides none that has some"
 
 
 @pytest.mark.parametrize("table, says", [
