@@ -94,7 +94,7 @@ def attend_biased(q, k, v, bias):
 
 class LayerNorm(nn.LayerNorm):
     """Computed in the dtype of its weights: in float32 even under autocast. CUDA does so by itself; a CPU would sum the
-    gradients of these weights in bfloat16, in which a long sum stops growing: of 16,384 terms a fifth was left."""
+    gradients of these weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
@@ -473,7 +473,7 @@ class ASCEND(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            skip = skips.pop()                                          # each belongs to one layer: last out, first in
+            skip = skips.pop()                                          # each belongs to one layer, the last to the first
             h = layer(torch.cat([h, skip], dim=1) if self.use_skips else h, emb, text)  # back up, level by level
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 

@@ -111,10 +111,10 @@ def autocast(device, dtype):
 
 # ---- a checkpoint ---------------------------------------------------------------------------------------------
 
-# what these fields of a config, and the flags of that name here and in train.py, may hold
+# what these fields of a config may hold; also the choices of flags of that name, here and in train.py
 CHOICES = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
-               clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"],
-               device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])
+               clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
+WHERE = dict(device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])      # choices of flags alone
 
 
 def read(path, weights="ema"):
@@ -127,7 +127,7 @@ def read(path, weights="ema"):
     try:
         config = {"clock": "plain", **whole["config"]}
         for key, allowed in CHOICES.items():
-            if key not in ("device", "dtype") and config[key] not in allowed:
+            if config[key] not in allowed:
                 raise ValueError(f"its {key} is {config[key]!r}, and not one of {', '.join(allowed)}")
         if not all(isinstance(config[key], (int, float)) for key in ("sample_steps", "cfg", "drop")):
             raise ValueError("its sample_steps, cfg and drop are not all numbers")
@@ -230,8 +230,8 @@ def parse(argv):
     p.add_argument("--npz", type=Path, help="also arr_0, uint8 (N, H, W, 3), for FID, and arr_1, classes or prompts")
     p.add_argument("--score", action="store_true", help="on the shapes sets: how many show what was asked")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema")
-    p.add_argument("--device", choices=CHOICES["device"], default="auto")
-    p.add_argument("--dtype", choices=CHOICES["dtype"], default="auto")
+    p.add_argument("--device", choices=WHERE["device"], default="auto")
+    p.add_argument("--dtype", choices=WHERE["dtype"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the network, for many pictures: takes minutes "
                    "first, and again for a last batch that is smaller, longer prompts, guidance 1 beside others")
     args = p.parse_args(argv)

@@ -310,9 +310,10 @@ def parse(argv):
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: fail(f"{message} (python train.py --help lists all flags)")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    choices = sample.CHOICES | sample.WHERE
     kinds = {bool: dict(action=argparse.BooleanOptionalAction), dict: dict(type=json_object)}
     for field in dataclasses.fields(Config):
-        kind = kinds.get(field.type, dict(type=field.type, choices=sample.CHOICES.get(field.name)))
+        kind = kinds.get(field.type, dict(type=field.type, choices=choices.get(field.name)))
         parser.add_argument("--" + field.name.replace("_", "-"), help=comments.get(field.name), **kind)
     parser.add_argument("--fresh", action="store_true", default=False, help="start over; the old run is moved aside")
     parser.add_argument("--dry-run", action="store_true", default=False, help="print the resolved config and stop")

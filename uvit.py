@@ -49,7 +49,7 @@ def attend(q, k, v, mask=None):
 
 class LayerNorm(nn.LayerNorm):
     """Computed in the dtype of its weights: in float32 even under autocast. CUDA does so by itself; a CPU would sum the
-    gradients of these weights in bfloat16, in which a long sum stops growing: of 16,384 terms a fifth was left."""
+    gradients of these weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
