@@ -473,7 +473,7 @@ class ASCEND(nn.Module):
             skips.append(h)
         h = self.middle(h, emb, text)                                   # (B, C, H / 2^(levels-1), ...)
         for layer in self.decoder:
-            skip = skips.pop()                                          # each belongs to one layer, the last to the first
+            skip = skips.pop()                                          # each belongs to one layer: last to first
             h = layer(torch.cat([h, skip], dim=1) if self.use_skips else h, emb, text)  # back up, level by level
         return self.head(F.silu(self.norm(h)))                          # (B, channels, H, W)
 
