@@ -902,13 +902,13 @@ def read_metadata(place, table):
 def folder_captions(place, names):
     """captions(name), or None. From metadata.jsonl files, else metadata.csv files, else a .txt beside each picture."""
     files, found = set(place.names), {}                 # found: of a picture its captions, or the file that holds them
-    for table in (*place.find(r"metadata\.jsonl"), *place.find(r"metadata\.csv")):
-        if found and table.endswith(".csv"):
-            break
-        rows = read_metadata(place, table)
-        if absent := sorted(rows.keys() - files):
-            raise UserError(f"{table} names {len(absent):,} files that are not in {place.src}: {', '.join(absent[:5])}")
-        found.update(rows)
+    for kind in ("jsonl", "csv"):
+        for table in place.find(rf"metadata\.{kind}") if not found else []:
+            rows = read_metadata(place, table)
+            if absent := sorted(rows.keys() - files):
+                raise UserError(f"{table} names {len(absent):,} files that are not in {place.src}: "
+                                f"{', '.join(absent[:5])}")
+            found.update(rows)
     if not found:
         found = {name: text for name in names if (text := os.path.splitext(name)[0] + ".txt") in files}
 

@@ -483,6 +483,9 @@ def test_a_metadata_table_goes_before_the_text_beside(published, tmp_path, capsy
     pictures = opened("by_csv", src, tmp_path)
     assert list(pictures.captions) == [['one, with "commas"'], [""], ["two"]]
     assert "1 of 3 pictures have no caption" in capsys.readouterr().err
+    write(src / "metadata.csv", "file_name,prompt", "a.png,one", "c.png,three")
+    write(src / "sub/metadata.csv", "file_name,prompt", "b.PNG,two")
+    assert list(opened("by_two", src, tmp_path).captions) == [["one"], ["three"], ["two"]]
     write(src / "metadata.jsonl", '{"file_name": "a.png", "text": ["x", null, "y"], "id": 3}', "",
           '{"file_name": "c.png", "text": "z"}')
     write(src / "sub/metadata.jsonl", '{"file_name": "b.PNG", "text": "w"}')
