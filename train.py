@@ -125,8 +125,8 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
 # The set shapes-text, encoded by words: one or two objects and where they are. In these steps the U-Net gets single
-# objects right, but few pairs (half of them in 24,000). Of three seeds of ASCEND, one got two thirds of the pairs right,
-# the others about a tenth.
+# objects right, but few pairs (half of them in 24,000). Of three seeds of ASCEND, one got two thirds of the pairs
+# right, the others about a tenth.
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, for an hour or a night. time_shift is higher, because larger pictures lose their outlines
