@@ -1,33 +1,38 @@
-"""Gaussian diffusion in continuous time: schedules, clocks, the loss, guidance, time grids, three samplers.
+"""Gaussian diffusion in continuous time: schedules, the loss, guidance, time grids, three samplers.
 
     forward    x_t = alpha(t) x_0 + sigma(t) eps,   eps ~ N(0, I),   alpha^2 + sigma^2 = 1     (from Eq. 1)
     learn      net(x_t, t, *cond) ~ eps   (or v = alpha eps - sigma x_0)                            (Eq. 4-5)
     sample     start at x ~ N(0, I), t = t_max; walk t down to 0 with denoise(x, t) ~ E[x_0 | x_t]  (Eq. 2-3)
 
 Equation numbers are those of arXiv 2212.13771. Time t runs over [0, 1], as in U-ViT's code (assumed); the paper's
-T = 1000 steps are t = 1/1000 .. 1. Apart from the clocks, nothing here depends on the network or its condition: any
-f(x, t, *cond) of the right shape will do. cond is the tuple of what the network takes besides x and t: () for nothing,
-(y,) for classes, (features, mask) for text.
+T = 1000 steps are t = 1/1000 .. 1. Nothing here depends on the network or its condition: any f(x, t, *cond) of the
+right shape will do. cond is the tuple of what the network takes besides x and t: () for nothing, (y,) for classes,
+(features, mask) for text.
 
 Needs only torch. MIT licence, (c) 2026 the maintainers.
 """
-import functools
 import math
 
 import torch
 
 
 # ---- schedules ---------------------------------------------------------------------------------------
-# A schedule has alpha(t) and sigma(t) with alpha^2 + sigma^2 = 1, from the picture at t = 0 to noise at t = 1; t is a
-# Python float or a tensor of any shape. For the samplers it also has t_max, where alpha is not yet 0;
-# lam(t) = log(alpha / sigma), half the log signal-to-noise ratio; and its inverse t_of_lam(lam), for floats only.
-# Samplers pass Python floats, which are float64 everywhere, even on devices without float64 tensors.
 
 def math_of(t):
     return torch if torch.is_tensor(t) else math        # both have exp, expm1, log, sqrt, sin and cos
 
 
-class Linear:
+class Schedule:
+    """alpha(t) and sigma(t), with alpha^2 + sigma^2 = 1, from the picture at t = 0 to noise at t = 1. t is a Python
+    float or a tensor of any shape. Samplers pass floats, which are float64 even on devices without float64 tensors.
+    They also need t_max, where alpha is not yet 0, lam, and its inverse t_of_lam(lam), which takes floats only."""
+
+    def lam(self, t):
+        """log(alpha / sigma), half the log signal-to-noise ratio."""
+        return math_of(t).log(self.alpha(t) / self.sigma(t))
+
+
+class Linear(Schedule):
     """DDPM's schedule, beta rising linearly from 0.1 to 20 per unit of t (1e-4 to 0.02 per step of T = 1000).
 
     alpha(t) = exp(-1/2 integral_0^t beta) (Song et al., arXiv 2011.13456, Eq. 29). The paper's choice for IU-ViT."""
@@ -43,15 +48,12 @@ class Linear:
     def sigma(self, t):
         return math_of(t).sqrt(-math_of(t).expm1(-self.integral(t)))    # expm1: no cancellation near t = 0
 
-    def lam(self, t):
-        return math_of(t).log(self.alpha(t) / self.sigma(t))
-
     def t_of_lam(self, lam):
         L = math.log1p(math.exp(-2 * lam))              # = integral(t), solved for t below
         return 2 * L / (self.b0 + math.sqrt(self.b0**2 + 2 * (self.b1 - self.b0) * L))
 
 
-class Cosine:
+class Cosine(Schedule):
     """Nichol & Dhariwal's schedule (arXiv 2102.09672, Eq. 17). The paper's choice for ASCEND.
 
     alpha(t) = cos(a) / cos(b), where a = (t + s) / (1 + s) * pi / 2, s = 0.008, and b is a at t = 0."""
@@ -68,41 +70,12 @@ class Cosine:
         b, d = self.angle(0), t / (1 + self.s) * math.pi / 2            # d = a - b: no cancellation near t = 0
         return math_of(t).sqrt(math_of(t).sin(d) * math_of(t).sin(2 * b + d)) / math.cos(b)
 
-    def lam(self, t):
-        return math_of(t).log(self.alpha(t) / self.sigma(t))
-
     def t_of_lam(self, lam):
         alpha = 1 / math.sqrt(1 + math.exp(-2 * lam))
         return math.acos(alpha * math.cos(self.angle(0))) * (1 + self.s) * 2 / math.pi - self.s
 
 
 SCHEDULES = dict(linear=Linear(), cosine=Cosine())
-
-
-# ---- clocks ------------------------------------------------------------------------------------------
-# Networks trained elsewhere count time in their own way. Our networks multiply t by 1000, to get T = 1000 steps.
-# A clock turns the t of this file, at which a picture has noise sigma(t), into the t such a network was trained with.
-
-CLOCKS = dict(
-    plain=lambda t: t,                                  # ours: steps 1 .. 1000 are t = 1/1000 .. 1
-    uvit=lambda t: 0.999 * t,                           # U-ViT's scripts give the network 999 t
-    adm=lambda t: (t - 0.001).clamp(min=0))             # ADM numbers the same steps 0 .. 999
-
-
-def on_clock(net, name):
-    """net itself, with a hook that translates t. From now on net(x, t, *cond) takes the t of this file, so that
-    training and sampling need not know about clocks. (Calling net.forward directly bypasses the hook. Networks made by
-    sample.load have theirs: a second would translate twice.)"""
-    if name != "plain":
-        net.register_forward_pre_hook(functools.partial(translate, name), with_kwargs=True)
-    return net
-
-
-def translate(clock, net, args, kwargs):
-    """A forward pre-hook: the arguments of a call, with t translated to the network's clock."""
-    if "t" in kwargs:
-        return args, {**kwargs, "t": CLOCKS[clock](kwargs["t"])}
-    return (args[0], CLOCKS[clock](args[1]), *args[2:]), kwargs
 
 
 # ---- learning ----------------------------------------------------------------------------------------
@@ -155,9 +128,8 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
         out = out(null) + scale * (out(cond) - out(null))                                            (Eq. 6)
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     clip: see clip_x0 (static: assumed, as in DDPM's code); 'none' for anything but pictures in [-1, 1], such as an
-    autoencoder's latents. Without clipping, eps on the cosine schedule needs em: the first step of ddim and dpm
-    multiplies an error of eps by alpha(s) / alpha(t) - 1, nearly: by 135 in 250 steps, by 221 in 20, by 402 in 10. (em
-    steps along the score, -eps / sigma, which divides by no alpha.)
+    autoencoder's latents. Without clipping, use em for eps on the cosine schedule: the first step of ddim and dpm
+    multiplies an error of eps by hundreds, because x0 is divided by alpha, 4.5e-5 at t_max (em multiplies by it again).
     cond_fn(x, t) -> grad_x log p(c | x_t), t a float of this file's clock: a classifier's or CLIP's gradient, run with
     gradients enabled.
     cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score (as far as
@@ -223,18 +195,17 @@ def em(denoise, x, times, schedule, noise):
     steps this is Eq. 2-3, except that the noise has variance beta here and the posterior's variance there, which is
     smaller near the picture.
 
-    First order, so its error falls only as 1 / steps. Each step replaces a fraction beta (below) of x's variance by
-    fresh noise, with the score held fixed. So beta must be small: on the linear schedule at t = 0.5 it is 0.4 with 20
-    steps, and 0.01 with the paper's 1000. (Near t = 1 the cosine's is not: x, still all noise, gets a variance of up to
-    1.25, which the next steps bring back to 1.) And most of the noise that the last but one step adds stays in the
-    picture if the steps are few, because the evaluation at T_MIN expects, and takes away, only sigma(T_MIN) = 0.01: on
-    the linear schedule that step adds noise of std 0.18 (23 grey levels) with 20 steps, and of 0.01 with 1000. Fresh
-    noise is useful, too: it corrects earlier mistakes of the network."""
+    First order: its error falls only as 1 / steps. A step replaces a fraction beta of x's variance by fresh noise, with
+    the score held fixed, so beta must be small: on the linear schedule at t = 0.5 it is 0.4 with 20 steps, and 0.01
+    with the paper's 1000. With 20 steps the picture also stays grainy: the last step but one adds noise of std 0.18 (23
+    grey levels), of which the last evaluation expects, and removes, only 0.01. But fresh noise is useful, too: it
+    corrects earlier mistakes of the network."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2
         # beta_t of Eq. 1, for the forward step from s to t: about beta(t) (t - s) if they are close, but below 1 even
-        # where the cosine's rate goes to infinity
+        # where the cosine's rate goes to infinity. (There x, still all noise, gets a variance of up to 1.25, which the
+        # next steps bring back to 1.)
         beta = 1 - (schedule.alpha(t) / schedule.alpha(s))**2
         x = x + beta * (x / 2 + score)
         if s > 0:                                               # no noise in the picture itself

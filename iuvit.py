@@ -222,7 +222,7 @@ class IUViT(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), LayerNorm(dim))
-            # "V" in forward. It has no bias, because time_embed has one, and the norm no scale, because V can hold it
+            # no bias, because time_embed has one, and no scale in the norm, because the linear layer can hold it
             self.text_pool = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
@@ -273,15 +273,13 @@ class IUViT(nn.Module):
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # The paper concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b, the sum
-            # of two layers. Here a is the hidden vector of the time MLP and W its last layer; b is the mean of the
-            # text and V text_pool. (Which vectors, and the norm, are assumed. With text before the MLP's first layer,
-            # colours of shapes were learnt later.)
+            # The paper concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b, hence
+            # this sum: W is time_embed's last layer and a its input, V is text_pool's layer and b the normalised mean
+            # of the text. (Which vectors, and the norm, are assumed.)
             time = time + self.text_pool(masked_mean(*text))                # (B, D)
-        tokens = [time[:, None], x]                                         # (B, 1, D), (B, h*w, D)
-        if self.class_embed is not None:
-            tokens = [self.class_embed(y)[:, None], *tokens]                # (B, 1, D)
-        x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
+        tokens = [] if self.class_embed is None else [self.class_embed(y)[:, None]]             # (B, 1, D)
+        tokens.append(time[:, None])                                        # (B, 1, D)
+        x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
 
         skips = []
         for block in self.in_blocks:

@@ -13,6 +13,7 @@ From a notebook: `from sample import load; net, config = load("ckpt.pt")`, then 
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -109,11 +110,37 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16)
 
 
+# ---- clocks -----------------------------------------------------------------------------------------------------
+# Networks trained elsewhere count time in their own way. Our networks multiply t by 1000, to get T = 1000 steps. A
+# clock turns the t of diffusion.py, at which a picture has noise sigma(t), into the t that such a network was trained
+# with.
+
+CLOCKS = dict(
+    plain=lambda t: t,                                  # ours: steps 1 .. 1000 are t = 1/1000 .. 1
+    uvit=lambda t: 0.999 * t,                           # U-ViT's scripts give the network 999 t
+    adm=lambda t: (t - 0.001).clamp(min=0))             # ADM numbers the same steps 0 .. 999
+
+
+def on_clock(net, name):
+    """net itself, with a hook that translates t. From now on net(x, t, *cond) takes the t of diffusion.py, so that
+    training and sampling need not know about clocks. (Calling net.forward directly bypasses the hook.)"""
+    if name != "plain":
+        net.register_forward_pre_hook(functools.partial(translate, name), with_kwargs=True)
+    return net
+
+
+def translate(clock, net, args, kwargs):
+    """A forward pre-hook: the arguments of a call, with t translated to the network's clock."""
+    if "t" in kwargs:
+        return args, {**kwargs, "t": CLOCKS[clock](kwargs["t"])}
+    return (args[0], CLOCKS[clock](args[1]), *args[2:]), kwargs
+
+
 # ---- a checkpoint ---------------------------------------------------------------------------------------------
 
 # what these fields of a config may hold; also the choices of flags of that name, here and in train.py
 CHOICES = dict(model=MODELS, cond=["none", "class", "text"], schedule=diffusion.SCHEDULES, prediction=["eps", "v"],
-               clock=diffusion.CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
+               clock=CLOCKS, sampler=diffusion.SAMPLERS, clip=["none", "static", "dynamic"])
 WHERE = dict(device=["auto", "cpu", "cuda", "mps"], dtype=["auto", "float32", "bfloat16"])      # choices of flags alone
 
 
@@ -149,23 +176,24 @@ def load_weights(net, weights):
 
 
 def build(config, info):
-    """The network of a config (a dict) for pictures of a size, and classes, that info names; on the default device."""
+    """The network of a config (a dict), on its clock, for pictures of a size, and classes, that info names; on the
+    default device."""
     classes = len(info["classes"]) if config["cond"] == "class" else 0
-    return MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
+    net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
+    return on_clock(net, config["clock"])
 
 
 def load(path, weights="ema", device="cpu"):
     """A checkpoint of train.py, or a published file of U-ViT or ADM -> (network in eval mode, its config as a dict).
 
-    The network is the plain one, except that a call translates t to its own clock (diffusion.on_clock): callers always
-    pass the t of diffusion.py, even to networks that were trained elsewhere. weights: 'ema' or 'raw'. The config of a
+    The network is the plain one, except that a call translates t to its own clock (on_clock): callers always pass the
+    t of diffusion.py, even to networks that were trained elsewhere. weights: 'ema' or 'raw'. The config of a
     text-conditional network also holds `text`: the encoder's name, the features `null` of the empty caption, and the
     captions and features (`rows`) of the training grid."""
     config, state = read(path, weights)
     try:
         net = build(config, config["info"])
         load_weights(net, state)
-        diffusion.on_clock(net, config["clock"])
     except (AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
         fail(f"{path} does not fit this code: {type(e).__name__} {data.first_line(e)}")
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
@@ -208,7 +236,8 @@ def newest_run():
 
 
 def parse(argv):
-    p = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message} (python sample.py --help lists all flags)")
     p.add_argument("--ckpt", help="default: the newest in runs/")
     p.add_argument("--n", type=int, help="how many pictures, for each scale of --cfg; default: 64 (8 for each "

@@ -26,6 +26,7 @@ import reprlib
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import weakref
 from pathlib import Path
@@ -65,7 +66,7 @@ class Config:
     prediction: str = "eps"         # eps (the paper), v
     time_shift: float = 1.0         # 1: t uniform (the paper); above 1: more high noise
     time_spread: float = 1.0        # below 1: t gathered around its median, time_shift / (1 + time_shift)
-    clock: str = "plain"            # how the network counts time: plain, uvit, adm; see diffusion.CLOCKS
+    clock: str = "plain"            # how the network counts time: plain, uvit, adm; see sample.CLOCKS
     drop: float = 0.1               # how often the null condition replaces the real one, for guidance
     # optimisation: AdamW; warm-up, then a constant rate, then a cool-down if there is one
     steps: int = 500_000
@@ -306,7 +307,9 @@ def parse(argv):
     """argv -> (Config, fresh, dry_run). Every mistake is a data.UserError that says what is allowed.
 
     fresh: start over, as --fresh asks."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+    presets = textwrap.fill(" ".join(PRESETS), break_on_hyphens=False)
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, epilog=f"presets:\n{presets}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = lambda message: fail(f"{message} (python train.py --help lists all flags)")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
@@ -612,7 +615,7 @@ def announce(config, size, n, net, n_params, flops):
               "name others in --net")
 
 
-def keep_log(path, step):
+def trim_log(path, step):
     """Drop the rows of log.csv beyond the step a run resumes from: they will be written again."""
     if path.exists():
         head, *rows = path.read_text(errors="replace").splitlines() or [""]
@@ -753,7 +756,7 @@ def main():
     # network. `net` is the raw module: it is what is saved and averaged
     out = Path(config.out)
     torch.manual_seed(config.seed)
-    net = diffusion.on_clock(sample.build(vars(config), info), config.clock)
+    net = sample.build(vars(config), info)
     # weights that do not fit are refused here, before there is a folder; resume(), below, loads a run's own
     if config.init_from and not (out / "ckpt.pt").exists():
         start_from(net, config, info)
@@ -792,7 +795,7 @@ def main():
         if compiled:
             print("compiling first, which takes a minute, or several for large networks (--no-compile does without)")
         data.write_file(out / "config.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
-        keep_log(out / "log.csv", start)
+        trim_log(out / "log.csv", start)
 
     if config.grad_ckpt:
         checkpoint_blocks(net)                                      # but not in ema, which needs no gradients

@@ -256,7 +256,7 @@ class UNet(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, E), LayerNorm(E))        # the norm is assumed
-            # "V" in forward. It has no bias, because time_embed has one, and the norm no scale, because V can hold it
+            # no bias, because time_embed has one, and no scale in the norm, because the linear layer can hold it
             self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 
@@ -310,9 +310,8 @@ class UNet(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             # The paper's IU-ViT concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b,
-            # the sum of two layers. Here a is the hidden vector of the time MLP and W its last layer; b is the mean of
-            # the text and V text_pool. (Which vectors and which norm is assumed. With text before the MLP's first
-            # layer, colours were learnt later.)
+            # hence this sum: W is time_embed's last layer and a its input, V is text_pool's layer and b the normalised
+            # mean of the text. (Which vectors, and the norm, are assumed.)
             emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
@@ -329,6 +328,7 @@ if __name__ == "__main__":
     net = UNet()
     for name, module in net.named_modules():
         if name == "middle" or name.count(".") == 1 and name.split(".")[0] in ("encoder", "decoder"):
-            module.register_forward_hook(lambda m, i, o, name=name: print(f"{name:12} {tuple(o.shape)}"))
+            module.register_forward_hook(lambda m, i, o, name=name: print(
+                f"{name:12} {str(tuple(o.shape)):18}", *(type(part).__name__ for part in m)))
     print("output      ", tuple(net(torch.randn(1, 3, 32, 32), torch.rand(1)).shape))
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters")

@@ -167,16 +167,16 @@ class UViT(nn.Module):
         assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
-        tokens, readable = [time[:, None], x], None                         # (B, 1, D), (B, h*w, D); None: all readable
+        tokens = [] if self.class_embed is None else [self.class_embed(y)[:, None]]             # (B, 1, D)
+        tokens.append(time[:, None])                                        # (B, 1, D)
+        readable = None                                                     # None: all are
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             pad = self.text_len - y.shape[1]                                # F.pad cuts if it is negative
-            tokens.insert(1, self.text_embed(F.pad(y, (0, 0, 0, pad))))     # (B, text_len, D)
+            tokens.append(self.text_embed(F.pad(y, (0, 0, 0, pad))))        # (B, text_len, D)
             mask = F.pad(mask, (0, pad))                                    # (B, text_len); padding masked: assumed
             readable = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # plus time, patches: (B, 1, 1, N)
-        if self.class_embed is not None:
-            tokens = [self.class_embed(y)[:, None], *tokens]                # (B, 1, D)
-        x = torch.cat(tokens, dim=1) + self.pos_embed                       # (B, N, D)
+        x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
 
         skips = []
         for block in self.in_blocks:

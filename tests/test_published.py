@@ -259,13 +259,13 @@ class Recorder(nn.Module):
     # ADM: step i of 0 .. 999 has seen i + 1 of the thousand betas, so it is our t = (i + 1) / 1000
     ("adm", [0.0, 0.0005, 0.001, 0.002, 0.5, 1.0], [0, 0, 0, 1, 499, 999])])
 def test_a_clock_gives_the_network_the_numbers_of_the_original_scripts(clock, times, numbers):
-    net = diffusion.on_clock(Recorder(), clock)
+    net = sample.on_clock(Recorder(), clock)
     net(torch.zeros(len(times), 1), torch.tensor(times), torch.zeros(len(times)))
     torch.testing.assert_close(net.number, torch.tensor(numbers, dtype=torch.float32), rtol=1e-6, atol=1e-4)
 
 
 def test_a_network_with_a_clock_is_pickled_and_takes_t_by_name():
-    net = pickle.loads(pickle.dumps(diffusion.on_clock(Recorder(), "uvit")))
+    net = pickle.loads(pickle.dumps(sample.on_clock(Recorder(), "uvit")))
     net(torch.zeros(1, 1), t=torch.ones(1))
     assert net.number == 999
 

@@ -1,6 +1,7 @@
 """sample.py: pictures from a checkpoint alone, the same however they are computed."""
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -410,6 +411,14 @@ def test_a_folder_without_permission_is_known_before_anything_is_drawn(drawn, mo
     monkeypatch.setattr(sample, "draw", lambda *args: pytest.fail("it draws"))
     with pytest.raises(data.UserError, match="no permission to write into closed"):
         drawn(flag, "closed/pictures" + (".png" if flag == "--out" else ".npz"))
+
+
+def test_what_the_readme_says_of_notebooks_runs(ckpt):
+    page = (ROOT / "README.md").read_text()
+    block, = re.findall("^```python\n(import torch, data, diffusion\n.*?)^```", page, re.M | re.S)
+    names = {}
+    exec(block.replace("runs/unet-shapes/ckpt.pt", str(ckpt)), names)
+    assert names["x"].shape == (4, 3, 32, 32) and names["x"].isfinite().all()
 
 
 # ---- precision -------------------------------------------------------------------------------------------
