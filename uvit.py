@@ -40,8 +40,9 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
     (B, heads, N, M)): which of the M keys are read.
 
-    By PyTorch's kernels, except on a CPU in bfloat16 without a mask, where the formula is faster: its backward pass 2
-    to 4 times."""
+    By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there, forward and backward, the formula takes
+    half the time of the kernel with 257 tokens, and an eighth with 66. (With 1,025, or without gradients, the kernel is
+    faster.)"""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
