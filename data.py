@@ -773,7 +773,8 @@ def load_square(file, size, crop="square"):
     elif crop != "square":
         image, how = cut(image, crop), dict(resample=Image.Resampling.BILINEAR)
     (W, H), side = image.size, min(image.size)
-    box = ((W - side) / 2, (H - side) / 2, (W + side) / 2, (H + side) / 2)
+    left, top = (W - side) // 2, (H - side) // 2        # whole pixels: half a one would blur what keeps its size
+    box = left, top, left + side, top + side
     return np.asarray(image.resize((size, size), box=box, **how)).transpose(2, 0, 1)
 
 

@@ -388,6 +388,15 @@ def test_adm_halves_a_picture_of_just_twice_the_size(tmp_path):
     assert abs(data.load_square(str(tmp_path / "picture.png"), 64, "adm") - halved).max() <= 1
 
 
+@pytest.mark.parametrize("width, crop, left", [
+    (341, "square", 42), (342, "square", 43), (341, "adm", 42), (400, "59,0,400,256", 59 + 42)])
+def test_a_picture_of_the_right_height_is_cut_and_not_resampled(width, crop, left, tmp_path):
+    pixels = np.random.RandomState(0).randint(0, 256, (256, width, 3), np.uint8)        # LSUN's are often 341 x 256
+    save(Image.fromarray(pixels), tmp_path / "picture.png")
+    square = data.load_square(str(tmp_path / "picture.png"), 256, crop)
+    assert (square == pixels[:, left:left + 256].transpose(2, 0, 1)).all()
+
+
 # ---- odd and broken pictures that Pillow does not write -------------------------------------------------------------
 
 def png(width, height, depth, colour, pixels=b""):
