@@ -94,11 +94,13 @@ def attend_biased(q, k, v, bias):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in the dtype of its weights: in float32 even under autocast. CUDA does so by itself; a CPU would sum the
-    gradients of these weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
+    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
+    weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        x = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return x.to(self.weight.dtype)
 
 
 class WindowAttention(nn.Module):
@@ -362,7 +364,8 @@ class ASCEND(nn.Module):
     available to us. Also assumed: window, first convolution at full size, convolutional middle, skip after every layer.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
-    not divide into windows."""
+    not divide into windows. (Not to be built on the meta device and filled by to_empty and load_state_dict: a
+    state_dict has no copy of the tables of its windows.)"""
 
     def __init__(self,
                  img_size=32,               # pixels per side
@@ -454,7 +457,8 @@ class ASCEND(nn.Module):
         needs a real token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
-        assert x.shape[2:] == (self.img_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
+        assert x.shape[2:] == (self.img_size,) * 2, \
+            f"pictures have {tuple(x.shape[2:])} pixels, and img_size is {self.img_size}"
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, dim)
         emb, text = self.time_embed(time), ()                           # (B, E)
         if self.class_embed is not None:

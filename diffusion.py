@@ -100,6 +100,7 @@ def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
     x_t is all noise: for one guess of x_0 its loss is that of eps divided by alpha^2, so high noise, where the layout
     is decided, weighs more."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
+    assert not torch.is_tensor(cond), "cond is a tuple of tensors: (y,) for classes"
     alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
     target = eps if prediction == "eps" else alpha * eps - sigma * x0
     out = net(alpha * x0 + sigma * eps, t, *cond)
@@ -135,6 +136,7 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score (as far as
     the clipping after it lets it). For notebooks: no command here has such a classifier."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
+    assert not torch.is_tensor(cond), "cond is a tuple of tensors: (y,) for classes"
     guided = len(cond) > 0 and scale != 1
     assert not guided or len(cond) == len(null), "guidance needs a null condition of as many tensors as cond has"
     both = [torch.cat(pair) for pair in zip(cond, null)] if guided else []

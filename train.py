@@ -203,8 +203,8 @@ PAPER_RUNS = [
     # preset                    steps  batch    lr  network                             else      source, size; FID
     ("unet-cifar10",          800_000,  128, 2e-4, {},                                  {}),    # DDPM; 3.17
     ("unet-celeba64",         500_000,  128, 2e-4, DDIM64,                              {}),    # DDIM; 3.26
-    # steps of DDIM's row and of the next two are assumed, ADM's numbers are quoted from memory (and its learnt variances,
-    # with their part of the loss, left out), CC12M's are all assumed
+    # steps of DDIM's row and of the next two are assumed, ADM's numbers are quoted from memory (and its learnt
+    # variances, with their part of the loss, left out), CC12M's are all assumed
     ("unet-church256",        500_000,   64, 2e-5, DDPM256,                             {}),    # DDPM; 7.89
     ("unet-bedroom256",       500_000,   64, 2e-5, DDPM256,                        WORKERS),    # DDPM; 6.36
     ("unet-bedroom256-adm",   500_000,  256, 1e-4, ADM256,                        ADM_LSUN),    # ADM; 1.90

@@ -47,11 +47,13 @@ def masked_mean(tokens, mask):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in the dtype of its weights: in float32 even under autocast. CUDA does so by itself; a CPU would sum the
-    gradients of these weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
+    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
+    weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        x = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return x.to(self.weight.dtype)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -49,11 +49,13 @@ def attend(q, k, v, mask=None):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in the dtype of its weights: in float32 even under autocast. CUDA does so by itself; a CPU would sum the
-    gradients of these weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
+    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
+    weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        x = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return x.to(self.weight.dtype)
 
 
 class Attention(nn.Module):
@@ -165,7 +167,8 @@ class UViT(nn.Module):
         first text_len tokens are read: a longer text loses its end, and its end token."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
-        assert x.shape[2:] == (self.grid * self.patch_size,) * 2, f"{tuple(x.shape[2:])} pixels are not img_size"
+        size = self.grid * self.patch_size
+        assert x.shape[2:] == (size, size), f"pictures have {tuple(x.shape[2:])} pixels, and img_size is {size}"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
         tokens = [] if self.class_embed is None else [self.class_embed(y)[:, None]]             # (B, 1, D)

@@ -188,6 +188,15 @@ def test_guidance_is_linear_in_its_scale_and_one_call_of_twice_the_batch(scale):
     assert rows == [4]
 
 
+def test_a_forgotten_comma_is_told():
+    """(y) is no tuple: its first row would be the class of all."""
+    x, t, y = torch.zeros(2, 1, 2, 2), torch.rand(2), torch.tensor([3, 4])
+    with pytest.raises(AssertionError, match=r"cond is a tuple of tensors: \(y,\)"):
+        diffusion.loss(lambda *args: x, x, t, x, SCHEDULES["linear"], "eps", (y))
+    with pytest.raises(AssertionError, match=r"cond is a tuple of tensors: \(y,\)"):
+        denoiser(lambda *args: x, SCHEDULES["linear"], "eps", (y))
+
+
 def test_guidance_needs_a_null_condition_of_as_many_tensors():
     """Features alone in null would leave the mask of the condition out as well."""
     features, mask = torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool)

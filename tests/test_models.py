@@ -145,9 +145,17 @@ def test_a_network_may_be_turned_into_another_precision(model, condition, dtype,
     assert difference(net.to(dtype)(x.to(dtype), t, *other).float(), whole) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_a_layer_norm_lose_no_terms_of_a_long_sum(dtype):
+    """As many as a batch of 16 has positions, in bfloat16, by weights of float32 (autocast) and of bfloat16."""
+    norm = ascend.LayerNorm(8).to(dtype)
+    norm(torch.randn(16, 1024, 8).bfloat16()).float().sum().backward()
+    torch.testing.assert_close(norm.bias.grad.float(), torch.full((8,), 16384.0))
+
+
 @pytest.mark.parametrize("model, size, message", [
-    ("uvit", (8, 32), "pixels are not img_size"), ("iuvit", (17, 17), "pixels are not img_size"),
-    ("ascend", (32, 32), "pixels are not img_size"), ("unet", (16, 17), "each side must be a multiple of")])
+    ("uvit", (8, 32), r"pictures have \(8, 32\) pixels, and img_size is 16"), ("iuvit", (17, 17), "img_size is 16"),
+    ("ascend", (32, 32), "img_size is 16"), ("unet", (16, 17), "each side must be a multiple of")])
 def test_a_picture_of_another_size_is_refused(model, size, message):
     with pytest.raises(AssertionError, match=message):
         awake(model)(torch.randn(2, 3, *size), torch.rand(2))

@@ -234,12 +234,14 @@ def test_what_the_readme_says_of_copied_files_runs(tmp_path):
     text = "assert loss > 0; print(*denoise(x0, 0.5).shape)"
     net = dict(dim=32, depth=5, heads=4)
     weights = iuvit.IUViT(num_classes=2, **net).state_dict()
-    config = dict(cond="class", net=net, info=dict(size=32, classes=["cat", "dog"]))
+    config = dict(cond="class", net=net, info=dict(size=32, classes=["cat", "dog"]), schedule="cosine", prediction="v")
     torch.save(dict(config=config, ema=weights), tmp_path / "ckpt.pt")
     same = "print(all(p.equal(ckpt['ema'][name]) for name, p in net.state_dict().items()), len(net.in_blocks))"
+    kept = "print(type(schedule).__name__, prediction)"
     first, second, third, fourth = blocks[train_step:train_step + 4]
-    code = "\n".join(["import sys; sys.path.insert(0, '.')", small, first, second, seen, third, text, fourth, same])
-    assert isolated("-c", code, cwd=tmp_path) == "4 3 32 32\n8 3 32 32\nTrue 2\n"
+    start = ["import sys; sys.path.insert(0, '.')", small]
+    code = "\n".join([*start, first, second, seen, third, text, fourth, same, kept])
+    assert isolated("-c", code, cwd=tmp_path) == "4 3 32 32\n8 3 32 32\nTrue 2\nCosine v\n"
 
 
 def test_every_file_the_readme_shows_exists():
