@@ -526,6 +526,11 @@ def to_text(raw):
     return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace")
 
 
+def lines_of(text):
+    """Text -> its lines. str.splitlines would also split at characters that may be inside of a line, such as U+2028."""
+    return re.split(r"\r\n?|\n", text)
+
+
 class Files:
     """A place whose names are paths, str."""
 
@@ -867,17 +872,20 @@ def folder_labels(place, names):
                             "labels are the numbers of classes, from 0")
         return numbered(last + 1, 0), labels.get
     tops = sorted({name.split("/")[0] if "/" in name else "" for name in names})        # "" comes first
-    if len(tops) > 1 and tops[0]:
+    if len(tops) > 1 and all(re.fullmatch(r"\d{5,}", top) for top in tops):
+        print(f"warning: no classes, since {tops[0]} and the other subfolders of {place.src} look like parts of a set: "
+              "give classes names that are no such numbers", file=sys.stderr)
+    elif len(tops) > 1 and tops[0]:
         number = {top: i for i, top in enumerate(tops)}
         return tops, lambda name: number[name.split("/")[0]]
-    if len(tops) > 2:
+    elif len(tops) > 2:
         print(f"warning: no classes, since some pictures of {place.src} are in no subfolder", file=sys.stderr)
     return [], None
 
 
 def caption_lines(text):
     """Text, one caption per line -> list of str, at least one. Invalid text counts as a space."""
-    lines = [" ".join(line.replace("\ufffd", " ").split()) for line in text.splitlines()]
+    lines = [" ".join(line.replace("\ufffd", " ").split()) for line in lines_of(text)]
     return [line for line in lines if line] or [""]
 
 
@@ -888,6 +896,8 @@ def read_metadata(place, table):
         with place.open(table) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as f:
             by_line = table.endswith(".jsonl")
             for row in map(json.loads, filter(str.strip, f)) if by_line else csv.DictReader(f, strict=True):
+                if any(row.get(None, [])):              # cells beyond the columns
+                    raise ValueError("a row of more cells than columns (texts that hold commas need quotes)")
                 text = next((row[name] for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
                 if text is not None:
                     name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
@@ -1454,13 +1464,14 @@ def random_vector(*address, width):
 
 class Words:
     """The built-in encoder: nothing to download, nothing trained. A word or punctuation mark is a random vector given
-    by its letters in lower case, plus another given by its place in the caption."""
+    by its letters in lower case, plus another given by its place in the caption. (For languages with spaces between
+    words.)"""
 
     name, width = "words", 256
 
     def tokens(self, texts):
         """[str] -> [[token]]; the end is the word of no letters."""
-        return [[*re.findall(r"\w+|[^\w\s]", text.lower()), ""] for text in texts]
+        return [[*re.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFC", text.lower())), ""] for text in texts]
 
     def vectors(self, tokens):
         """[[token]] -> [float16 (L, d)]"""
@@ -1484,7 +1495,11 @@ class T5:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
-            net = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16).to(self.device)
+            net, found = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16, output_loading_info=True)
+            strange = [key for key in found["unexpected_keys"] if key.startswith("encoder.")]
+            if wrong := [*found["missing_keys"], *strange]:         # CLIP, say, would be loaded as random weights
+                raise ValueError(f"it is no T5: {len(wrong)} weights are missing or unknown, such as {wrong[0]}")
+            net = net.to(self.device)
         except Exception as e:                          # a missing package can raise anything
             kind = LocalError if isinstance(e, RuntimeError) else UserError     # a full GPU may be this process's alone
             raise kind(f"cannot load the T5 encoder {name} ({first_line(e)}); its tokenizer may need `{INSTALL_T5}`")

@@ -318,7 +318,7 @@ def lines_of(prompt):
     if not prompt.startswith("@"):
         return [prompt]
     try:
-        lines = data.to_text(Path(prompt[1:]).read_bytes()).splitlines()
+        lines = data.lines_of(data.to_text(Path(prompt[1:]).read_bytes()))
     except OSError as e:
         fail(f"cannot read --prompt {prompt}: {e.strerror}; @ begins the name of a file of prompts")
     if not any(map(str.strip, lines)):

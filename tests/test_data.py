@@ -415,6 +415,13 @@ def test_one_picture_outside_the_subfolders_takes_the_classes_away_but_not_silen
     assert "warning: no classes, since some pictures of" in capsys.readouterr().err
 
 
+def test_numbered_parts_of_a_set_are_no_classes(album, tmp_path, capsys):
+    """As img2dataset and FFHQ have them. A shorter number among them may well be the name of a class."""
+    assert prepared(album("00000/1.png", "00001/1.png"), tmp_path).classes == []
+    assert "warning: no classes, since 00000 and the other subfolders" in capsys.readouterr().err
+    assert prepared(album("1999/1.png"), tmp_path / "again").classes == ["00000", "00001", "1999"]
+
+
 @pytest.mark.parametrize("side, size", [(20, 32), (63, 32), (64, 64), (300, 64)])
 def test_the_default_size_suits_the_pictures(side, size, album, tmp_path):
     assert prepared(album("1.png", "2.png", side=side), tmp_path).size == size

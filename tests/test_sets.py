@@ -472,7 +472,9 @@ def test_captions_come_from_the_text_beside_a_picture(published, tmp_path):
     pictures = opened("mine", src := published(captioned_folder), tmp_path)
     assert list(pictures.captions) == [["the first", "also the first"], ["the third"], ["the second"]]
     (src / "c.txt").write_text("das dritte, größer", encoding="utf-16")                     # as Windows' PowerShell
-    assert opened("again", src, tmp_path).captions[1] == ["das dritte, größer"]
+    (src / "a.txt").write_bytes("a line\u2028separator\rnext\r\n\x0clast\n".encode())
+    captions = opened("again", src, tmp_path).captions
+    assert captions[1] == ["das dritte, größer"] and captions[0] == ["a line separator", "next", "last"]
 
 
 def test_of_your_own_pictures_only_those_without_captions_are_mirrored(published, tmp_path):
@@ -521,7 +523,8 @@ def test_a_metadata_table_without_captions_is_told_of(published, tmp_path, capsy
     ('{"file_name": "a.png", "text": "x"}\n{"file_name": "d.png", "text": "y"}', "1 files that are not in .*: d.png"),
     ('{"text": "x"}', "should hold file_name and text in every row"), ("not json", "should hold file_name and text"),
     ('["a.png", "x"]', "should hold file_name and text"),
-    ('file_name,text\na.png,"no end\nc.png,x', "should hold file_name and text")])
+    ('file_name,text\na.png,"no end\nc.png,x', "should hold file_name and text"),
+    ("file_name,text\na.png,x\nc.png,a cat, sitting", "more cells than columns .texts that hold commas need quotes")])
 def test_a_metadata_table_that_does_not_fit_is_refused(table, says, published, tmp_path):
     src = published(captioned_folder)
     write(src / f"metadata.{'csv' if table.startswith('file') else 'jsonl'}", table)

@@ -128,6 +128,8 @@ def test_words_are_the_same_vectors_on_every_machine():
 
 def test_words_know_letters_and_places_but_no_capitals():
     a, b, c = data.encode(data.Words(), ["red circle", "Red CIRCLE", "circle red"])
+    e, f = data.encode(data.Words(), ["caf\u00e9", "cafe\u0301"])                        # composed, and not
+    assert (e == f).all()
     assert np.array_equal(a, b) and not np.array_equal(a, c)
     for odd in ('say "hi"', "😀 🎈", "Привет мир", "日本語", "\ud800"):
         assert len(data.encode(data.Words(), [odd])[0]) > 1, f"nothing is left of {odd!r}"
@@ -631,6 +633,23 @@ def test_a_t5_folder_goes_through_encode_train_and_sample(form, tmp_path, sets, 
     monkeypatch.setattr(sys, "argv", [*again, "words"])
     with pytest.raises(data.UserError, match="makes other features of the empty caption than"):
         sample.main()
+
+
+def test_an_encoder_that_is_no_t5_is_refused(tmp_path):
+    """UMT5 has weights that T5 has not, and CLIP has none of T5's: they would be loaded in part, and the rest random."""
+    need(all(importlib.util.find_spec(name) for name in ("transformers", "sentencepiece")), "T5", data.INSTALL_T5)
+    from transformers import (CLIPTextConfig, CLIPTextModel, T5Config, T5ForConditionalGeneration, UMT5Config,
+                              UMT5EncoderModel)
+    small = dict(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    folder = tiny_t5(tmp_path / "t5", "tokenizer.json")
+    T5ForConditionalGeneration(T5Config(**small)).save_pretrained(folder)               # with a decoder, as google's
+    assert data.T5(str(folder)).width == 32
+    clip = CLIPTextConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                          num_attention_heads=4)
+    for net in (CLIPTextModel(clip), UMT5EncoderModel(UMT5Config(**small))):
+        net.save_pretrained(folder)
+        with pytest.raises(data.UserError, match="it is no T5: .* weights are missing or unknown, such as"):
+            data.T5(str(folder))
 
 
 def test_without_transformers_a_line_says_what_to_install(monkeypatch):
