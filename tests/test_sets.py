@@ -718,11 +718,12 @@ def test_an_lmdb_that_is_cut_short_is_one_line_and_no_bus_error(published, tmp_p
 def test_an_error_in_a_loader_s_worker_is_one_line_too(published, tmp_path, capsys):
     src = published(shards, spoil=False)
     pictures = opened("cc12m64", src, tmp_path)
-    loader = torch.utils.data.DataLoader(data.Batches(pictures, 6, range(6), 0, False), sampler=[0], batch_size=None,
-                                         num_workers=1)
+    batches = iter(torch.utils.data.DataLoader(data.Batches(pictures, 6, range(6), 0, False), sampler=range(1000),
+                                               batch_size=None, num_workers=1))
+    next(batches)                                           # it has opened the set, and reads ahead
     (src / "00001.tar").unlink()
     with pytest.raises(SystemExit):
-        data.run(lambda: list(loader))
+        data.run(lambda: list(batches))
     assert capsys.readouterr().err.startswith("error: FileNotFoundError: [Errno 2] No such file")
 
 
