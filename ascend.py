@@ -94,8 +94,8 @@ def attend_biased(q, k, v, bias):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
-    weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
+    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of these
+    weights in bfloat16, where long sums stop growing: of a sum of 16,384 terms over half was lost."""
 
     def forward(self, x):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -414,7 +414,7 @@ class ASCEND(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, E), LayerNorm(E))        # the norm is assumed
-            # no bias, because time_embed has one, and no scale in the norm, because the linear layer can hold it
+            # no bias, because time_embed has one; no scale or shift in the norm, because these two can hold them
             self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
 

@@ -763,8 +763,8 @@ def cut(image, crop):
 
 
 def load_square(file, size, crop="square"):
-    """A picture, or the first of an animation -> uint8 (3, S, S). A crop given by numbers is then made square and
-    resized bilinearly, as those who published the boxes do."""
+    """A picture, or the first of an animation -> uint8 (3, S, S). The middle square of what a crop leaves is resized;
+    if the crop is given by numbers, bilinearly, as by those who published the boxes."""
     with Image.open(file) as image:
         if crop == "square":
             image.draft("RGB", (3 * size, 3 * size))    # JPEG can decode smaller, and much faster
@@ -778,7 +778,7 @@ def load_square(file, size, crop="square"):
     elif crop != "square":
         image, how = cut(image, crop), dict(resample=Image.Resampling.BILINEAR)
     (W, H), side = image.size, min(image.size)
-    left, top = (W - side) // 2, (H - side) // 2        # whole pixels: half a one would blur what keeps its size
+    left, top = (W - side) // 2, (H - side) // 2        # whole pixels: half of one would blur what keeps its size
     box = left, top, left + side, top + side
     return np.asarray(image.resize((size, size), box=box, **how)).transpose(2, 0, 1)
 
@@ -855,7 +855,8 @@ def numbered(n, first=1):
 
 def folder_labels(place, names):
     """Class names and label(name). They come from dataset.json, as EDM writes it, if there is one. Else the classes are
-    the top-level subfolders, if there are at least two and every picture is in one; else there are none: [], None."""
+    the top-level subfolders, if there are at least two, every picture is in one, and they are not all called by five
+    digits or more, as parts of a set are; else there are none: [], None."""
     if "dataset.json" in place.names:
         try:
             labels = {name: int(label) for name, label in json.loads(place.text("dataset.json"))["labels"] or []}
@@ -873,8 +874,8 @@ def folder_labels(place, names):
         return numbered(last + 1, 0), labels.get
     tops = sorted({name.split("/")[0] if "/" in name else "" for name in names})        # "" comes first
     if len(tops) > 1 and all(re.fullmatch(r"\d{5,}", top) for top in tops):
-        print(f"warning: no classes, since {tops[0]} and the other subfolders of {place.src} look like parts of a set: "
-              "give classes names that are no such numbers", file=sys.stderr)
+        print(f"warning: no classes, since {tops[0]} and the other subfolders of {place.src} look like parts of a set; "
+              "if they are classes, give them names that are not numbers", file=sys.stderr)
     elif len(tops) > 1 and tops[0]:
         number = {top: i for i, top in enumerate(tops)}
         return tops, lambda name: number[name.split("/")[0]]
@@ -893,16 +894,15 @@ def read_metadata(place, table):
     """A metadata.jsonl or .csv with columns file_name and text, caption or prompt -> {file: list of str}."""
     found, folder = {}, os.path.dirname(table)
     try:
-        with place.open(table) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as f:
-            by_line = table.endswith(".jsonl")
-            for row in map(json.loads, filter(str.strip, f)) if by_line else csv.DictReader(f, strict=True):
-                if any(row.get(None, [])):              # cells beyond the columns
-                    raise ValueError("a row of more cells than columns (texts that hold commas need quotes)")
-                text = next((row[name] for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
-                if text is not None:
-                    name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
-                    texts = text if isinstance(text, list) else [text]
-                    found.setdefault(name, []).extend([str(t) for t in texts if t is not None] or [""])
+        lines, by_line = io.StringIO(place.text(table), newline=""), table.endswith(".jsonl")
+        for row in map(json.loads, filter(str.strip, lines)) if by_line else csv.DictReader(lines, strict=True):
+            if any(row.get(None, [])):                  # cells beyond the columns
+                raise ValueError("a row of more cells than columns (texts that hold commas need quotes)")
+            text = next((row[name] for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
+            if text is not None:
+                name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
+                texts = text if isinstance(text, list) else [text]
+                found.setdefault(name, []).extend([str(t) for t in texts if t is not None] or [""])
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
         raise UserError(f"{table} in {place.src} should hold file_name and text in every row: {type(e).__name__} {e}")
     if not found:
@@ -1496,13 +1496,13 @@ class T5:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
             net, found = T5EncoderModel.from_pretrained(self.name, torch_dtype=torch.bfloat16, output_loading_info=True)
-            strange = [key for key in found["unexpected_keys"] if key.startswith("encoder.")]
-            if wrong := [*found["missing_keys"], *strange]:         # CLIP, say, would be loaded as random weights
-                raise ValueError(f"it is no T5: {len(wrong)} weights are missing or unknown, such as {wrong[0]}")
             net = net.to(self.device)
         except Exception as e:                          # a missing package can raise anything
             kind = LocalError if isinstance(e, RuntimeError) else UserError     # a full GPU may be this process's alone
             raise kind(f"cannot load the T5 encoder {name} ({first_line(e)}); its tokenizer may need `{INSTALL_T5}`")
+        strange = [key for key in found["unexpected_keys"] if key.startswith("encoder.")]
+        if wrong := [*found["missing_keys"], *strange]:             # CLIP, say, would be loaded as random weights
+            raise UserError(f"{name} is no T5 encoder: {len(wrong)} weights are missing or unknown, such as {wrong[0]}")
         self.net, self.width = net.eval().requires_grad_(False), net.config.d_model
 
     def tokens(self, texts):

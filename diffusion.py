@@ -23,9 +23,9 @@ def math_of(t):
 
 
 class Schedule:
-    """alpha(t) and sigma(t), with alpha^2 + sigma^2 = 1, from the picture at t = 0 to noise at t = 1. t is a Python
-    float or a tensor of any shape. Samplers pass floats, which are float64 even on devices without float64 tensors.
-    They also need t_max, where alpha is not yet 0, lam, and its inverse t_of_lam(lam), which takes floats only."""
+    """Its subclasses give alpha(t) and sigma(t), with alpha^2 + sigma^2 = 1, from the picture at t = 0 to noise at
+    t = 1; t_max, where alpha is not yet 0; and t_of_lam, the inverse of lam, for floats only. t is a Python float or a
+    tensor of any shape. Samplers pass floats, which are float64 even on devices without float64 tensors."""
 
     def lam(self, t):
         """log(alpha / sigma), half the log signal-to-noise ratio."""
@@ -130,11 +130,10 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     so 1 is no guidance and U-ViT's published 0.4 is 1.4 here; both halves go through the net as one batch.
     clip: see clip_x0 (static: assumed, as in DDPM's code); 'none' for anything but pictures in [-1, 1], such as an
     autoencoder's latents. Without clipping, use em for eps on the cosine schedule: the first step of ddim and dpm
-    multiplies an error of eps by hundreds, because x0 is divided by alpha, 4.5e-5 at t_max (em multiplies by it again).
-    cond_fn(x, t) -> grad_x log p(c | x_t), t a float of this file's clock: a classifier's or CLIP's gradient, run with
-    gradients enabled.
-    cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the score (as far as
-    the clipping after it lets it). For notebooks: no command here has such a classifier."""
+    multiplies an error of eps by hundreds, because x0 is divided by alpha, 4.7e-5 at t_max (em multiplies by it again).
+    cond_fn(x, t) -> grad_x log p(c | x_t), t a float as for denoise: a classifier's or CLIP's gradient, run with
+    gradients enabled. cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the
+    score (as far as the clipping after it lets it). For notebooks: no command here has such a classifier."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     assert not torch.is_tensor(cond), "cond is a tuple of tensors: (y,) for classes"
     guided = len(cond) > 0 and scale != 1
@@ -199,9 +198,9 @@ def em(denoise, x, times, schedule, noise):
 
     First order: its error falls only as 1 / steps. A step replaces a fraction beta of x's variance by fresh noise, with
     the score held fixed, so beta must be small: on the linear schedule at t = 0.5 it is 0.4 with 20 steps, and 0.01
-    with the paper's 1000. With 20 steps the picture also stays grainy: the last step but one adds noise of std 0.18 (23
-    grey levels), of which the last evaluation expects, and removes, only 0.01. But fresh noise is useful, too: it
-    corrects earlier mistakes of the network."""
+    with the paper's 1000. With 20 steps the picture also stays grainy: there the last step but one adds noise of std
+    0.18 (23 grey levels), of which the last evaluation expects, and removes, only 0.01. But fresh noise is useful, too:
+    it corrects earlier mistakes of the network."""
     for t, s in zip(times[:-1], times[1:]):
         x0 = denoise(x, t)
         score = (schedule.alpha(t) * x0 - x) / schedule.sigma(t)**2

@@ -64,8 +64,8 @@ def attend(q, k, v, mask=None):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
-    weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
+    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of these
+    weights in bfloat16, where long sums stop growing: of a sum of 16,384 terms over half was lost."""
 
     def forward(self, x):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -155,7 +155,7 @@ class DWConvFFN(nn.Module):
 
     def forward(self, x):                                               # (B, N, D)
         x = F.gelu(self.fc1(x))                                         # (B, N, 4D)
-        # norm1 after the split, not before: the numbers are the same, and the convolution's input has no gaps
+        # norm1 after the split, not before: the numbers are the same, and the convolution gets contiguous patches
         extras, patches = self.norm1(x[:, :self.extras]), self.norm1(x[:, self.extras:])
         patches = self.dwconv(rearrange(patches, "B (h w) f -> B f h w", h=self.grid))
         x = torch.cat([extras, rearrange(patches, "B f h w -> B (h w) f")], dim=1)          # (B, N, f), f = 4D
@@ -225,7 +225,7 @@ class IUViT(nn.Module):
         self.text_embed = self.text_pool = None
         if text_dim:
             self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), LayerNorm(dim))
-            # no bias, because time_embed has one, and no scale in the norm, because the linear layer can hold it
+            # no bias, because time_embed has one; no scale or shift in the norm, because these two can hold them
             self.text_pool = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim, bias=False))
         self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))

@@ -122,8 +122,9 @@ CLOCKS = dict(
 
 
 def on_clock(net, name):
-    """net itself, with a hook that translates t. From now on net(x, t, *cond) takes the t of diffusion.py, so that
-    training and sampling need not know about clocks. (Calling net.forward directly bypasses the hook.)"""
+    """net itself, with a hook that translates t, unless its clock is plain. From now on net(x, t, *cond) takes the t of
+    diffusion.py, so that training and sampling need not know about clocks. (Calling net.forward directly bypasses the
+    hook.)"""
     if name != "plain":
         net.register_forward_pre_hook(functools.partial(translate, name), with_kwargs=True)
     return net
@@ -176,8 +177,8 @@ def load_weights(net, weights):
 
 
 def build(config, info):
-    """The network of a config (a dict), on its clock, for pictures of a size, and classes, that info names; on the
-    default device."""
+    """The network of a config (a dict), on its clock and on the default device. info holds the size of the pictures
+    and their classes."""
     classes = len(info["classes"]) if config["cond"] == "class" else 0
     net = MODELS[config["model"]](img_size=info["size"], num_classes=classes, **config["net"])
     return on_clock(net, config["clock"])
@@ -304,7 +305,7 @@ def settle(args, config):
     args.scales = args.cfg or [config["cfg"]]
     args.clips = {scale: args.clip or clip_for(scale, config) for scale in args.scales}
     args.sampler, args.steps = args.sampler or config["sampler"], args.steps or config["sample_steps"]
-    args.prompt = args.prompt and [text for prompt in args.prompt for text in lines_of(prompt)]
+    args.prompt = args.prompt and [text for prompt in args.prompt for text in prompts_of(prompt)]
     if args.n is None:
         args.n = 8 if len(args.scales) > 1 else 64
         if args.prompt:                                                 # at most eight of each, and at least one
@@ -313,7 +314,7 @@ def settle(args, config):
         fail(f"a sheet holds {SHEET:,} pictures, and {len(args.scales)} rows of {args.n:,} are more: use a smaller --n")
 
 
-def lines_of(prompt):
+def prompts_of(prompt):
     """[prompt], or the lines of FILE for @FILE."""
     if not prompt.startswith("@"):
         return [prompt]

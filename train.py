@@ -79,7 +79,7 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.999
     grad_clip: float = 1.0          # maximum gradient norm
-    ema: float = 0.9999             # decay of the averaged weights, once it has risen to that (9,000 steps for 0.999)
+    ema: float = 0.9999             # decay of the averaged weights; it rises to this in 90,000 steps (9,000 for 0.999)
     # sampling: the grids drawn in training, and the defaults of sample.py
     samples: int = 64               # pictures in a grid
     sampler: str = "dpm"            # em, ddim, dpm

@@ -49,8 +49,8 @@ def attend(q, k, v, mask=None):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
-    weights in bfloat16, in which long sums stop growing: one of 16,384 terms lost over half."""
+    """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of these
+    weights in bfloat16, where long sums stop growing: of a sum of 16,384 terms over half was lost."""
 
     def forward(self, x):
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -178,7 +178,7 @@ class UViT(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             pad = self.text_len - y.shape[1]                                # F.pad cuts if it is negative
             tokens.append(self.text_embed(F.pad(y, (0, 0, 0, pad))))        # (B, text_len, D)
-            mask = F.pad(mask, (0, pad))                                    # (B, text_len); padding masked: assumed
+            mask = F.pad(mask, (0, pad))                                    # (B, text_len); U-ViT reads padding
             readable = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # plus time, patches: (B, 1, 1, N)
         x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
 

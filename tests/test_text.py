@@ -648,7 +648,7 @@ def test_an_encoder_that_is_no_t5_is_refused(tmp_path):
                           num_attention_heads=4)
     for net in (CLIPTextModel(clip), UMT5EncoderModel(UMT5Config(**small))):
         net.save_pretrained(folder)
-        with pytest.raises(data.UserError, match="it is no T5: .* weights are missing or unknown, such as"):
+        with pytest.raises(data.UserError, match="t5 is no T5 encoder: .* weights are missing or unknown, such as"):
             data.T5(str(folder))
 
 
