@@ -521,9 +521,14 @@ def digest(lines):
     return h.hexdigest()
 
 
+def encoding_of(raw):
+    """Of a text file's first bytes. Windows editors begin it with a byte-order mark, PowerShell with UTF-16's."""
+    return "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+
+
 def to_text(raw):
-    """The bytes of a text file -> str. Windows editors begin it with a byte-order mark, PowerShell with UTF-16's."""
-    return raw.decode("utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig", "replace")
+    """The bytes of a text file -> str."""
+    return raw.decode(encoding_of(raw), "replace")
 
 
 def lines_of(text):
@@ -894,16 +899,19 @@ def read_metadata(place, table):
     """A metadata.jsonl or .csv with columns file_name and text, caption or prompt -> {file: list of str}."""
     found, folder = {}, os.path.dirname(table)
     try:
-        lines, by_line = io.StringIO(place.text(table), newline=""), table.endswith(".jsonl")
-        for row in map(json.loads, filter(str.strip, lines)) if by_line else csv.DictReader(lines, strict=True):
-            if any(row.get(None, [])):                  # cells beyond the columns
-                raise ValueError("a row of more cells than columns (texts that hold commas need quotes)")
-            text = next((row[name] for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
-            if text is not None:
-                name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
-                texts = text if isinstance(text, list) else [text]
-                found.setdefault(name, []).extend([str(t) for t in texts if t is not None] or [""])
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as e:
+        with place.open(table) as raw:
+            encoding = encoding_of(raw.read(2))
+        with place.open(table) as raw, io.TextIOWrapper(raw, encoding, newline="") as f:
+            by_line = table.endswith(".jsonl")
+            for row in map(json.loads, filter(str.strip, f)) if by_line else csv.DictReader(f, strict=True):
+                if any(map(str.strip, row.get(None, []))):      # cells beyond the columns
+                    raise ValueError("a row of more cells than columns (texts that hold commas need quotes)")
+                text = next((row[name] for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
+                if text is not None:
+                    name = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
+                    texts = text if isinstance(text, list) else [text]
+                    found.setdefault(name, []).extend([str(t) for t in texts if t is not None] or [""])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as e:
         raise UserError(f"{table} in {place.src} should hold file_name and text in every row: {type(e).__name__} {e}")
     if not found:
         print(f"warning: {table} in {place.src} gives no captions in a column text, caption or prompt", file=sys.stderr)

@@ -3,7 +3,7 @@
     python train.py                                                  a laptop: coloured shapes, minutes
     python train.py --model iuvit --data cifar10                     one GPU: the paper's CIFAR-10 run
     torchrun --nproc_per_node=8 train.py --model ascend --data cifar10
-    python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config below is a flag
+    python train.py --preset unet-shapes --lr 5e-4 --out runs/mine   any field of Config is a flag
     python train.py --init-from celeba64_uvit_small.pth --data cats  start from weights, your own or published ones
 
 The same command again resumes from the run's checkpoint: bit for bit on a CPU, with the same numbers of processes and

@@ -497,8 +497,12 @@ def test_a_metadata_table_goes_before_the_text_beside(published, tmp_path, capsy
     write(src / "metadata.csv", "file_name,prompt", "a.png,one", "c.png,three")
     write(src / "sub/metadata.csv", "file_name,prompt", "b.PNG,two")
     assert list(opened("by_two", src, tmp_path).captions) == [["one"], ["three"], ["two"]]
-    (src / "metadata.csv").write_text("file_name,prompt\r\na.png,größer\r\n", encoding="utf-16")       # as PowerShell
+    (src / "metadata.csv").write_text("file_name,prompt,\r\na.png,größer, , \r\n", encoding="utf-16")   # as PowerShell
     assert opened("by_windows", src, tmp_path).captions[0] == ["größer"]
+    (src / "metadata.csv").write_text("file_name,prompt\na.png,größer\n", encoding="latin-1")
+    with pytest.raises(data.UserError, match="metadata.csv in .*should hold file_name and text .*UnicodeDecodeError"):
+        opened("by_another", src, tmp_path)
+    (src / "metadata.csv").unlink()
     write(src / "metadata.jsonl", '{"file_name": "a.png", "text": ["x", null, "y"], "id": 3}', "",
           '{"file_name": "c.png", "text": "z"}')
     write(src / "sub/metadata.jsonl", '{"file_name": "b.PNG", "text": "w"}')
