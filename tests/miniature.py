@@ -33,7 +33,7 @@ import train
 
 # ---- what is tried -----------------------------------------------------------------------------------------
 
-TERAFLOPS = 10          # of training per run: one to eight minutes on one core
+TERAFLOPS = 10          # of training per run: one to eleven minutes on one busy core
 LARGE = 5000            # the same for the experiment "large": minutes on a GPU
 FOLDER = ROOT / "runs" / "miniature"
 LONG_RUN = ROOT / "runs" / "unet-shapes" / "ckpt.pt"        # of `python train.py`, for the experiments with sampling

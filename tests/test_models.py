@@ -154,8 +154,10 @@ def test_gradients_of_a_layer_norm_lose_no_terms_of_a_long_sum(dtype):
 
 
 @pytest.mark.parametrize("model, size, message", [
-    ("uvit", (8, 32), r"pictures have \(8, 32\) pixels, and img_size is 16"), ("iuvit", (17, 17), r"pictures have \(17, 17\) pixels, and img_size is 16"),
-    ("ascend", (32, 32), r"pictures have \(32, 32\) pixels, and img_size is 16"), ("unet", (16, 17), "each side must be a multiple of")])
+    ("uvit", (8, 32), r"pictures have \(8, 32\) pixels, and img_size is 16"),
+    ("iuvit", (17, 17), r"pictures have \(17, 17\) pixels, and img_size is 16"),
+    ("ascend", (32, 32), r"pictures have \(32, 32\) pixels, and img_size is 16"),
+    ("unet", (16, 17), "each side must be a multiple of")])
 def test_a_picture_of_another_size_is_refused(model, size, message):
     with pytest.raises(AssertionError, match=message):
         awake(model)(torch.randn(2, 3, *size), torch.rand(2))

@@ -1,7 +1,6 @@
 """sample.py: pictures from a checkpoint alone, the same however they are computed."""
 import io
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import data
 import diffusion
 import sample
 from conftest import ROOT, TINY, command, tiny
+from test_repo import readme_blocks
 
 
 @pytest.fixture(scope="session")
@@ -414,8 +414,7 @@ def test_a_folder_without_permission_is_known_before_anything_is_drawn(drawn, mo
 
 
 def test_what_the_readme_says_of_notebooks_runs(ckpt):
-    page = (ROOT / "README.md").read_text()
-    block, = re.findall("^```python\n(import torch, data, diffusion\n.*?)^```", page, re.M | re.S)
+    block, = [text for language, text in readme_blocks() if text.startswith("import torch, data, diffusion")]
     names = {}
     exec(block.replace("runs/unet-shapes/ckpt.pt", str(ckpt)), names)
     assert names["x"].shape == (4, 3, 32, 32) and names["x"].isfinite().all()
