@@ -7,6 +7,8 @@ encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder 
                        |          |   |   |           |          |       |                 v
     eps (3, 32, 32) <- conv <- GN, SiLU <- [Res Res Res] <- [Res+Attn x 3, up] <- ... <-----+              decoder
 
+Swin: two layers, the first with attention in windows, the second in shifted windows. Res: two convolutions.
+Attn: global self-attention.
 Time (and class, and the mean of a text) enters as scale and shift of both norms of every Swin layer, and of the second
 norm of every ResBlock. The tokens of a text are read by cross-attention after each Attn. (All assumed, but time and
 class in a ResBlock are ADM's.)
@@ -63,7 +65,7 @@ def relative_index(w):
     return dy * (2 * w - 1) + dx
 
 
-def shift_bias(size, w, shift):
+def shift_mask(size, w, shift):
     """(number of windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of
     the map, -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
     # Along one axis, rolling by -shift brings the start of the map to its end: only the last window holds both.
@@ -118,7 +120,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.bias = nn.Parameter(nn.init.trunc_normal_(torch.zeros((2 * window - 1)**2, self.heads), std=0.02))
         self.register_buffer("index", relative_index(window), persistent=False)
-        self.register_buffer("shift_bias", shift_bias(size, window, shift) if shift else None, persistent=False)
+        self.register_buffer("shift_mask", shift_mask(size, window, shift) if shift else None, persistent=False)
 
     def forward(self, x):                                               # (B, H, W, C)
         if self.shift:
@@ -127,7 +129,7 @@ class WindowAttention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "B (a i) (b j) (K heads d) -> K B (a b heads) (i j) d",
                             K=3, i=self.w, j=self.w, heads=self.heads)
         bias = self.bias[self.index].permute(2, 0, 1)[None]             # (1, heads, w*w, w*w)
-        bias = bias.expand(self.side**2, -1, -1, -1) if self.shift_bias is None else bias + self.shift_bias[:, None]
+        bias = bias.expand(self.side**2, -1, -1, -1) if self.shift_mask is None else bias + self.shift_mask[:, None]
         x = attend_biased(q, k, v, bias.flatten(0, 1).to(q.dtype))      # bias (windows * heads, w*w, w*w)
         x = rearrange(x, "B (a b heads) (i j) d -> B (a i) (b j) (heads d)",
                       a=self.side, b=self.side, i=self.w, heads=self.heads)
@@ -175,7 +177,7 @@ class SwinLayer(Timed):
 
     def __init__(self, dim, head_dim, size, window, shift, emb_dim, dropout):
         super().__init__()
-        self.emb = nn.Linear(emb_dim, 4 * dim)
+        self.scale_shift = nn.Linear(emb_dim, 4 * dim)
         self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, head_dim, size, window, shift)
         self.norm2 = LayerNorm(dim)
@@ -184,7 +186,7 @@ class SwinLayer(Timed):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x, emb):                                          # x (B, H, W, C), emb (B, E)
-        scale1, shift1, scale2, shift2 = self.emb(F.silu(emb))[:, None, None].chunk(4, dim=-1)
+        scale1, shift1, scale2, shift2 = self.scale_shift(F.silu(emb))[:, None, None].chunk(4, dim=-1)
         x = x + self.attn(self.norm1(x) * (1 + scale1) + shift1)
         h = F.gelu(self.fc1(self.norm2(x) * (1 + scale2) + shift2))
         return x + self.fc2(self.dropout(h))
@@ -200,13 +202,12 @@ class SwinBlock(Timed):
         assert size % w == 0, f"a {size}x{size} map does not divide into windows of {w}: change window or img_size"
         assert out_channels % head_dim == 0, f"{out_channels} channels do not divide into heads of {head_dim}"
         self.out_channels = out_channels
-        # in a Swin decoder it narrows: what comes in has a skip beside it
-        self.widen = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.fit_width = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.plain = SwinLayer(out_channels, head_dim, size, w, 0, emb_dim, dropout)
         self.shifted = SwinLayer(out_channels, head_dim, size, w, w // 2 if w < size else 0, emb_dim, dropout)
 
     def forward(self, x, emb):                                          # x (B, C, H, W), emb (B, E)
-        x = rearrange(self.widen(x), "B C H W -> B H W C")
+        x = rearrange(self.fit_width(x), "B C H W -> B H W C")
         x = self.shifted(self.plain(x, emb), emb)
         return rearrange(x, "B H W C -> B C H W")
 
@@ -223,19 +224,18 @@ class ResBlock(Timed):
         self.norm1 = GroupNorm(in_channels)
         self.resize = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, 2 * out_channels)
+        self.scale_shift = nn.Linear(emb_dim, 2 * out_channels)
         self.norm2 = GroupNorm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        # the block's shortcut: ADM's name for it, and not one of the network's skips
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, emb):                                          # x (B, C, H, W), emb (B, E)
         h = self.conv1(self.resize(F.silu(self.norm1(x))))
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.scale_shift(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))
-        return self.skip(self.resize(x)) + h
+        return self.shortcut(self.resize(x)) + h
 
 
 class SpatialAttention(nn.Module):

@@ -6,9 +6,10 @@
     2  a depth-wise convolution in the FFN          ffn="mlp" undoes it
     3  text has its own cross-attention,            text_attn="concat" is GLIDE's joint attention, which the
        instead of being in the sequence             paper compares with
-    4  time passes through an MLP (assumed: the paper does not say so, but its parameter counts leave room for exactly
-       that). With text, the paper concatenates a vector of the text with the time embedding; here the MLP's last layer
-       reads both, and the vector is the normalised mean of the normalised tokens (layer and vector are assumed)
+    4  time passes through an MLP (assumed: the paper does not say so, but with it there are the paper's 442M parameters
+       at 128 pixels, and without it 438M). With text, the paper concatenates a vector of the text with the time
+       embedding; here the MLP's last layer reads both, and the vector is the normalised mean of the normalised tokens
+       (layer and vector are assumed)
 
 A text may have any length. Its tokens have no learnt position embedding, but a norm after the text embedding (assumed).
 

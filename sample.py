@@ -20,6 +20,7 @@ import os
 import sys
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -220,10 +221,13 @@ def draw(net, config, wanted, ids, device, multiple=8):
     return data.to_uint8(x).cpu().numpy()
 
 
+STRONG = 2              # the guidance by text above which pictures saturate without Imagen's dynamic threshold
+
+
 def clip_for(scale, config):
-    """How to keep pictures in range at this guidance, unless --clip says: in the run's own way, except that strong
-    guidance by text, if it is not the run's own, gets Imagen's dynamic threshold, because it saturates."""
-    stronger = config["cond"] == "text" and scale > 2 and scale != config["cfg"]
+    """How to keep pictures in range at this guidance, unless --clip says: in the run's own way, except that STRONG
+    guidance that is not the run's own gets the dynamic threshold."""
+    stronger = config["cond"] == "text" and scale > STRONG and scale != config["cfg"]
     return "dynamic" if stronger and config["clip"] == "static" else config["clip"]
 
 
@@ -360,17 +364,24 @@ def features_of(prompts, args, text, limit):
     return rows, mark(args.attend, prompts, encoder) if args.attend else None
 
 
+class Asked(NamedTuple):
+    """What n pictures are to show, and how to say so; None: there is no such thing."""
+    wanted: object = ()             # for `draw`: classes (n,), or features [(L, d)]
+    array: np.ndarray = None        # the same for people, arr_1 of the .npz: classes or prompts
+    labels: list = None             # what is written below the pictures
+    kinds: list = None              # of the prompts, for the scorer
+    marks: torch.Tensor = None      # bool (n, L): the tokens that --attend watches
+
+
 def what_to_draw(args, config, limit):
-    """What each of the n pictures shows: picture i class, or prompt, i mod their number -> wanted, for `draw`; asked,
-    the same for people, arr_1 of the .npz; labels, for below the pictures; kinds of the prompts, for the scorer;
-    marks, bool (n, L): which tokens --attend watches. What is not there is None. limit: as in features_of."""
+    """-> Asked. Picture i shows class, or prompt, i mod their number. limit: as in features_of."""
     if config["cond"] == "none":
-        return [], None, None, None, None
+        return Asked()
     if config["cond"] == "class":
         names = config["info"]["classes"]
         wanted = classes_of(args, names)
         labels = [names[c] for c in wanted] if len(args.scales) > 1 else None
-        return wanted, wanted.numpy(), labels, None, None
+        return Asked(wanted, wanted.numpy(), labels)
     prompts, kinds = args.prompt or config["text"]["captions"], ["as asked"] * args.n
     if args.score and not args.prompt:
         prompts, kinds = data.asked_scenes(args.n)                      # no training has seen their pictures
@@ -379,7 +390,8 @@ def what_to_draw(args, config, limit):
     labels = [prompts[i] for i in which]
     if args.score:
         data.score_captions([], labels)                                 # can they be scored?
-    return [rows[i] for i in which], np.array(labels), labels, kinds, marked[which] if args.attend else None
+    marks = marked[which] if args.attend else None
+    return Asked([rows[i] for i in which], np.array(labels), labels, kinds, marks)
 
 
 # ---- where the network looks --------------------------------------------------------------------------
@@ -505,11 +517,9 @@ def read_adm(weights):
     dim = weights["time_embed.0.weight"].shape[1]
     blocks = sum(name.startswith("output_blocks.") and name.endswith(".0.in_layers.2.weight") for name in weights)
     widths = [len(weights[f"output_blocks.{i}.0.in_layers.2.weight"]) for i in reversed(range(blocks))]
-    for mults, known in ADM_FILES.items():                              # a level has num_blocks + 1 decoder blocks
-        n = blocks // len(mults)
-        if widths == [dim * mult for mult in mults for _ in range(n)] and n > 1:
-            break
-    else:
+    fits = [(mults, n, known) for mults, known in ADM_FILES.items()     # n = num_blocks + 1 decoder blocks a level
+            if (n := blocks // len(mults)) > 1 and widths == [dim * mult for mult in mults for _ in range(n)]]
+    if not fits:
         levels = [w for w, previous in zip(widths, [0, *widths]) if w != previous]
         sizes = {(0.5, 1, 2, 4): "512x512_diffusion", (1, 2, 3, 4): "128x128_diffusion, whose heads vary in width"}
         what = sizes.get(tuple(w / dim for w in levels), "none of ADM's published files")
@@ -518,13 +528,14 @@ def read_adm(weights):
     if dim % 64 or dim < 128:
         raise ValueError(f"its width {dim} does not divide into heads of 64 and 32 group norms of 4 channels or more")
 
+    (mults, n, known), = fits
     classes = len(weights["label_emb.weight"]) if "label_emb.weight" in weights else 0
     arguments = dict(img_size=known["img_size"], dim=dim, dim_mults=list(mults), num_blocks=n - 1,
                      attn_sizes=[32, 16, 8], num_classes=classes)
     ours = renamed(weights, {
         "input_blocks.": "encoder.", "middle_block.": "middle.", "output_blocks.": "decoder.", "in_layers.0.": "norm1.",
-        "in_layers.2.": "conv1.", "emb_layers.1.": "emb.", "out_layers.0.": "norm2.", "out_layers.3.": "conv2.",
-        "skip_connection.": "skip.", "proj_out.": "proj.", "label_emb.": "class_embed.", "out.0.": "norm.",
+        "in_layers.2.": "conv1.", "emb_layers.1.": "scale_shift.", "out_layers.0.": "norm2.", "out_layers.3.": "conv2.",
+        "skip_connection.": "shortcut.", "proj_out.": "proj.", "label_emb.": "class_embed.", "out.0.": "norm.",
         "out.2.": "head."})
     for name, p in ours.items():
         if ".qkv." in name and known["legacy"]:
@@ -682,11 +693,11 @@ def main():
     model = compile_network(net, graphs=True) if args.compile else net
 
     size = config["info"]["size"]
-    wanted, asked, labels, kinds, marks = what_to_draw(args, config, getattr(net, "text_len", data.MAX_TOKENS))
+    asked = what_to_draw(args, config, getattr(net, "text_len", data.MAX_TOKENS))
 
     # where it goes
     out, folder = args.out, args.out.suffix != ".png"
-    command = what_decides(net, config, args, labels)
+    command = what_decides(net, config, args, asked.labels) if folder or world > 1 else None
     held = claim(args, command, rank)                                   # until this function ends
     if world > 1:                                                       # all have looked, and the folder is ours
         commands = [None] * world
@@ -706,10 +717,10 @@ def main():
             part = slice(ids.start, ids.stop)
             how = dict(config, seed=args.seed, sampler=args.sampler, sample_steps=args.steps, cfg=scale,
                        clip=args.clips[scale])
-            looking = (attention_maps(net, marks[part].to(device), size) if args.attend
+            looking = (attention_maps(net, asked.marks[part].to(device), size) if args.attend
                        else contextlib.nullcontext())
             with looking as maps:
-                pictures = draw(model, how, wanted[part], ids, device, multiple)
+                pictures = draw(model, how, asked.wanted[part], ids, device, multiple)
             if args.attend:
                 pictures = highlight(pictures, maps)
             if not folder:
@@ -726,7 +737,7 @@ def main():
     # write and tell
     if not folder:
         pictures = np.concatenate([drawn[block] for block in blocks])   # (scales * n, 3, S, S); --attend: 2 S wide
-        sheet = sheet_of(pictures, args, labels)
+        sheet = sheet_of(pictures, args, asked.labels)
         data.write_file(out, lambda f: sheet.save(f, "png"))
     elif missing := [i for i in range(args.n) if not file_of(out, i).exists()]:
         fail(f"{out} lacks {len(missing):,} pictures, like {file_of(out, missing[0]).name}: all nodes must see it")
@@ -735,14 +746,14 @@ def main():
         for i in range(args.n):                                         # one by one: a list of them takes as much again
             pictures[i] = np.asarray(Image.open(file_of(out, i))).transpose(2, 0, 1)
     if args.npz:
-        shown = {} if asked is None else dict(arr_1=asked)
+        shown = {} if asked.array is None else dict(arr_1=asked.array)
         data.write_file(args.npz, lambda f: np.savez(f, arr_0=pictures[..., :size].transpose(0, 2, 3, 1), **shown))
     cut = f" (the first {SHEET:,})" if not folder and args.n > SHEET else ""
     print(f"{args.n * len(args.scales)} pictures from {path}: {out}{cut}" + (f", {args.npz}" if args.npz else ""))
     if args.score:
         for i, scale in enumerate(args.scales):
             these = pictures[i * args.n:(i + 1) * args.n, ..., :size]
-            tell_score(these, asked, kinds, f"{args.sampler} {args.steps}, guidance {scale:g}")
+            tell_score(these, asked.array, asked.kinds, f"{args.sampler} {args.steps}, guidance {scale:g}")
 
 
 if __name__ == "__main__":

@@ -360,8 +360,8 @@ def resolve(asked, fresh):
         config.net.setdefault("text_dim", 1024)         # as in the paper's table; a run takes its features' width
         if not data.BUILT_IN.get(data.text_set(config.data), {}).get("captions", True):
             fail(f"{config.data} has no captions: use --cond {plain}")
-        if config.cfg > 2 and "clip" not in row and "clip" not in asked:
-            config.clip = "dynamic"                     # strong guidance saturates
+        if config.cfg > sample.STRONG and "clip" not in row and "clip" not in asked:
+            config.clip = "dynamic"
     elif config.encoder:
         fail("--encoder is for --cond text")
     else:
@@ -423,7 +423,8 @@ def measure(config, info, tokens=data.MAX_TOKENS):
     """(parameters, floating-point operations of one forward pass of one image). A multiply-add counts as two; `tokens`
     is the length of a text.
 
-    The forward pass has shapes but no numbers. It finds what does not fit before a run has a folder."""
+    The forward pass has shapes but no numbers, so it costs little. UserError if the network cannot be built, or does
+    not fit the pictures: that is found here, before a run has a folder."""
     from torch.utils.flop_counter import FlopCounterMode
     usual = inspect.signature(MODELS[config.model]).parameters
     try:
@@ -687,6 +688,60 @@ def learning_rate(config, step):
     return config.lr * min(1, (step + 1) / max(1, config.warmup), left / config.cooldown if config.cooldown else 1)
 
 
+def draw_noise(config, size, step, device):
+    """What is random in a step, for this process's rows of the batch: times t (b,), noise eps (b, 3, S, S), and dropped
+    (b,), True where the null condition is learnt. All follow from (seed, step), and pictures from the seed and their
+    numbers in the run, so that a resumed run does the same."""
+    rank, world = data.processes()
+    g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
+    t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)
+    eps = torch.randn(config.batch, 3, size, size, generator=g, device=device)
+    dropped = torch.rand(config.batch, generator=g, device=device) < config.drop
+    return t[rank::world], eps[rank::world].contiguous(), dropped[rank::world]      # a copy frees the others' noise
+
+
+class Log:
+    """The rows of log.csv. Losses are summed on the device, so that no step has to wait for them."""
+
+    def __init__(self, path, device, seconds):                      # seconds: that the run took before it was resumed
+        self.path = path
+        self.began, self.since = now() - seconds, now()             # since: of the last row, later by all pauses
+        self.sums = torch.zeros(2, 4, device=device)                # loss and count in four bins of t
+
+    def add(self, t, losses):                                       # (b,), (b,)
+        bins = (t * 4).long().clamp(max=3)
+        self.sums.index_add_(1, bins, torch.stack([losses.detach(), torch.ones_like(losses)]))
+
+    def seconds(self):
+        return now() - self.began
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What is done in this block does not count in images_per_s."""
+        start = now()
+        yield
+        self.since += now() - start
+
+    def write(self, step, norm, lr, skipped):
+        """Write a row about the steps since the last one, of all processes -> {column: value}."""
+        rank, world = data.processes()
+        if world > 1:
+            dist.all_reduce(self.sums)
+        total, count = self.sums.tolist()
+        row = dict(step=step, loss=sum(total) / max(1, sum(count)),
+                   **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
+                   grad_norm=float(norm), lr=lr, images_per_s=sum(count) / (now() - self.since),
+                   seconds=self.seconds(), skipped=int(skipped))
+        if rank == 0:
+            with open(self.path, "a", newline="") as f:
+                if not f.tell():
+                    print(*row, sep=",", file=f)
+                print(*(v if isinstance(v, int) else f"{v:.6g}" for v in row.values()), sep=",", file=f)
+        self.sums.zero_()
+        self.since = now()
+        return row
+
+
 def draw_grid(net, record, path, at_once, device):
     """Draw a grid of samples, always from the same noise and the same classes or captions, and progress.png from all
     grids so far. Each process draws its share, as many pictures at a time as it trains on."""
@@ -820,30 +875,11 @@ def main():
     shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, multiple)
     batches = read_ahead(shares, config, start, device)
 
-    sums = torch.zeros(2, 4, device=device)                         # loss and count in four bins of t since last logged
+    log = Log(out / "log.csv", device, seconds)
     skipped, in_row = torch.tensor([skipped, 0.0], device=device)       # in_row: skipped in a row
     saved = start                                                   # the step of the last checkpoint
-    began, since = now() - seconds, now()       # since: when the last row was logged, later by all pauses
     bar = tqdm(total=config.steps, initial=start, disable=rank > 0, unit="step", dynamic_ncols=True,
                mininterval=1 if sys.stderr.isatty() else 60)        # a log file would grow by a line a second
-
-    def log(step):
-        """Write a row of log.csv, about the steps since the last one."""
-        if world > 1:
-            dist.all_reduce(sums)
-        total, count = sums.tolist()
-        sums.zero_()
-        row = dict(step=step, loss=sum(total) / max(1, sum(count)),
-                   **{f"loss_t{i}": a / b if b else math.nan for i, (a, b) in enumerate(zip(total, count))},
-                   grad_norm=float(norm), lr=opt.param_groups[0]["lr"],
-                   images_per_s=sum(count) / (now() - since), seconds=now() - began,
-                   skipped=int(skipped))
-        if rank == 0:
-            with open(out / "log.csv", "a", newline="") as f:
-                if not f.tell():
-                    print(*row, sep=",", file=f)
-                print(*(v if isinstance(v, int) else f"{v:.6g}" for v in row.values()), sep=",", file=f)
-            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
 
     def explain(kind, e, trace):                                    # the last line of an unexpected error says where
         bar.close()                                                 # what follows is below it, and stays the last
@@ -872,39 +908,33 @@ def main():
             dist.all_reduce(leaving, dist.ReduceOp.MAX)             # on the CPU: no GPU is kept waiting
         last = step >= config.steps
         if step > start and (due(config.log_every) or leaving or last):
-            log(step)
-            since = now()
+            row = log.write(step, norm, opt.param_groups[0]["lr"], skipped)
+            bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_s']:.0f} images/s")
             if in_row >= BAD_STEPS:
                 good = f"{out / 'ckpt.pt'} is of step {saved}" if saved else "nothing was saved yet"
                 fail(f"the last {int(in_row)} gradients were not finite, up to step {step}, and no step was taken; "
                      f"{good}. Go on with --dtype float32, or begin anew with a smaller --lr")
-        pause = now()
         keep, show = due(config.keep_every), due(config.sample_every) or last
-        if step > saved and (due(config.save_every) or keep or show or leaving):
-            if rank == 0:
-                # what a resumed run cannot work out (the rest follows from config, seed and step), and what sample.py
-                # needs: ema, text and config
-                ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), text=text, step=step,
-                            skipped=int(skipped), seconds=now() - began, config=record)
-                for name in [f"ckpt_{step:07d}.pt", "ckpt.pt"] if keep else ["ckpt.pt"]:
-                    data.write_file(out / name, lambda f: torch.save(ckpt, f))
-            saved = step
-        sheet = out / f"samples/step_{step:07d}.png"
-        drawn = step == start and sheet.exists()                    # by a run that stopped, or was killed, after that
-        if show and not (drawn or leaving):                         # drawing may take minutes
-            with precision:
-                draw_grid(ema, dict(record, text=text), sheet, micro, device)
-        since += now() - pause
+        with log.paused():
+            if step > saved and (due(config.save_every) or keep or show or leaving):
+                if rank == 0:
+                    # what a resumed run cannot work out (the rest follows from config, seed and step), and what
+                    # sample.py needs: ema, text and config
+                    ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), text=text,
+                                step=step, skipped=int(skipped), seconds=log.seconds(), config=record)
+                    for name in [f"ckpt_{step:07d}.pt", "ckpt.pt"] if keep else ["ckpt.pt"]:
+                        data.write_file(out / name, lambda f: torch.save(ckpt, f))
+                saved = step
+            sheet = out / f"samples/step_{step:07d}.png"
+            drawn = step == start and sheet.exists()                # by a run that stopped, or was killed, after that
+            if show and not (drawn or leaving):                     # drawing may take minutes
+                with precision:
+                    draw_grid(ema, dict(record, text=text), sheet, micro, device)
         if leaving or last:
             break
 
-        # the next step: this process's rows of the next batch. Times, noise and dropped conditions follow from (seed,
-        # step), the pictures from the seed and their numbers in the run, so that a resumed run does the same
-        g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
-        t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)[rank::world]   # (b,)
-        eps = torch.randn(config.batch, 3, info["size"], info["size"], generator=g, device=device)[rank::world]
-        eps = eps.contiguous()                                      # a copy, which frees the noise of other processes
-        dropped = torch.rand(config.batch, generator=g, device=device)[rank::world] < config.drop
+        # the next step, on this process's rows of the next batch
+        t, eps, dropped = draw_noise(config, info["size"], step, device)        # (b,), (b, 3, S, S), (b,)
         pinned = device.type == "cuda"          # on Macs the memory may be reused too soon (PyTorch's issue 189690)
         x0, *cond = (part.to(device, non_blocking=pinned) for part in next(batches))
         x0 = x0.float().div_(127.5).sub_(1)                         # (b, 3, S, S) in [-1, 1]
@@ -923,8 +953,7 @@ def main():
                 losses = diffusion.loss(model, x0[part], t[part], eps[part], schedule, config.prediction,
                                         [c[part] for c in cond])
             (losses.mean() / config.accum).backward()
-            bins = (t[part] * 4).long().clamp(max=3)
-            sums.index_add_(1, bins, torch.stack([losses.detach(), torch.ones_like(losses)]))
+            log.add(t[part], losses)
         norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip)
         bad = (~norm.isfinite()).float()
         opt.found_inf = bad                             # as GradScaler does: fused AdamW skips the step if bad is 1
@@ -943,7 +972,7 @@ def main():
         if last:
             ckpt = shlex.quote(str(out / "ckpt.pt"))
             hint = f"draw more with `python sample.py --ckpt {ckpt}`, or go on with a larger --steps"
-        print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {(now() - began) / 60:.1f} minutes "
+        print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {log.seconds() / 60:.1f} minutes "
               f"in all: look at {out / 'samples'}; {hint}")
     if world > 1:
         del model                                                   # first: if DDP were the last to free the group, it

@@ -101,19 +101,18 @@ class ResBlock(Timed):
         self.norm1 = GroupNorm(in_channels)
         self.resize = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}[resample]
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, 2 * out_channels)
+        self.scale_shift = nn.Linear(emb_dim, 2 * out_channels)
         self.norm2 = GroupNorm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        # the block's shortcut: ADM's name for it, and not one of the network's skips
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, emb):                                          # x (B, C, H, W), emb (B, E)
         h = self.conv1(self.resize(F.silu(self.norm1(x))))
-        scale, shift = self.emb(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.scale_shift(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
         h = self.conv2(self.dropout(F.silu(h)))
-        return self.skip(self.resize(x)) + h
+        return self.shortcut(self.resize(x)) + h
 
 
 def attend(q, k, v, mask=None):

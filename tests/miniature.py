@@ -111,6 +111,7 @@ ROWS = dict(dpm="DPM-Solver++ (`dpm`)", ddim="DDIM (`ddim`)", em="Euler-Maruyama
             guidance="Euler-Maruyama in 200 steps")
 COLUMNS = dict(samplers="evaluations of the network", guidance="guidance scale")
 SHOWN, SCORED = 10, 96                                      # samples in a figure, and in a score
+SCORED_LONG = 480                                           # of the long run, of which little is wrong: finer
 
 
 # ---- one run -------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def train_and_judge(run, seed):
 def draw_and_judge(name, label):
     """Sample from the long run and score: writes a .json into the folder of runs."""
     file = FOLDER / f"{name}-{label}"
-    call("sample.py", "--ckpt", LONG_RUN, "--n", SCORED, *SAMPLING[name][label], "--npz", f"{file}.npz", "--out",
+    call("sample.py", "--ckpt", LONG_RUN, "--n", SCORED_LONG, *SAMPLING[name][label], "--npz", f"{file}.npz", "--out",
          f"{file}.png")
     facts = dict(score=score_of(f"{file}.npz"))
     data.write_file(Path(f"{file}.json"), lambda f: f.write(json.dumps(facts, indent=1).encode()))

@@ -399,8 +399,8 @@ def block_inputs(kind):
 
 
 @pytest.mark.parametrize("make, kind, order", [
-    (lambda: ResBlock(8, 16, 8), "map", "norm1 resize conv1 emb norm2 dropout conv2 resize skip"),
-    (lambda: SwinBlock(8, 16, 4, 4, 2, 8, 0.0), "map", "widen plain shifted"),
+    (lambda: ResBlock(8, 16, 8), "map", "norm1 resize conv1 scale_shift norm2 dropout conv2 resize shortcut"),
+    (lambda: SwinBlock(8, 16, 4, 4, 2, 8, 0.0), "map", "fit_width plain shifted"),
     (lambda: Block(8, 2, MLP(8), skip=True), "tokens", "skip_linear norm1 attn norm2 ffn"),
     (lambda: IUBlock(8, 2, MLP(8), True, "concat"), "read", "skip_linear norm1 attn norm2 ffn"),
     (lambda: IUBlock(8, 2, MLP(8), True, "separate"), "read", "skip_linear norm1 attn norm_text cross norm2 ffn")])

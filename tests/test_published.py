@@ -216,7 +216,7 @@ def test_a_swin_layer_gives_the_numbers_of_the_published_block(shift, reference)
     made = formula({theirs[name]: tuple(p.shape) for name, p in layer.state_dict().items()})
     layer.load_state_dict({name: made[theirs[name]] for name in theirs})
     with torch.no_grad():
-        nn.init.zeros_(layer.emb.weight), nn.init.zeros_(layer.emb.bias)          # Swin knows no time
+        nn.init.zeros_(layer.scale_shift.weight), nn.init.zeros_(layer.scale_shift.bias)      # Swin knows no time
         layer.attn.bias.copy_(3 * hashed("table", (49, 2)))
         out = layer(hashed("x", (1, 8, 8, 32)), torch.zeros(1, 1))
     numbers = [*out[0, 0, 0, :3].tolist(), *out[0, 5, 7, :3].tolist(), out.abs().mean().item()]
