@@ -411,12 +411,9 @@ class ASCEND(nn.Module):
         # embeddings
         self.dim, self.img_size = dim, img_size
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
-        self.text_embed = self.text_pool = None
-        if text_dim:
-            self.text_embed = nn.Sequential(nn.Linear(text_dim, E), LayerNorm(E))        # the norm is assumed
-            # no bias, because time_embed has one; no scale or shift in the norm, because these two can hold them
-            self.text_pool = nn.Sequential(nn.LayerNorm(E, elementwise_affine=False), nn.Linear(E, E, bias=False))
-        self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(E, E))
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, E), LayerNorm(E)) if text_dim else None     # norm assumed
+        # its last layer also reads a vector of the text (assumed; the paper says so of IU-ViT)
+        self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(2 * E if text_dim else E, E))
 
         # encoder
         size, C = img_size, dim
@@ -460,16 +457,16 @@ class ASCEND(nn.Module):
         assert x.shape[2:] == (self.img_size,) * 2, \
             f"pictures have {tuple(x.shape[2:])} pixels, and img_size is {self.img_size}"
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, dim)
-        emb, text = self.time_embed(time), ()                           # (B, E)
-        if self.class_embed is not None:
-            emb = emb + self.class_embed(y)                             # (B, E)
+        first, act, last = self.time_embed
+        emb, text = act(first(time)), ()                                # (B, E)
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
-            # The paper's IU-ViT concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b,
-            # hence this sum: W is time_embed's last layer and a its input, V is text_pool's layer and b the normalised
-            # mean of the text. (Which vectors, and the norm, are assumed.)
-            emb = emb + self.text_pool(masked_mean(*text))              # (B, E)
+            vector = F.layer_norm(masked_mean(*text), (4 * self.dim,))  # (B, E)
+            emb = torch.cat([emb, vector], dim=1)                       # (B, 2 E)
+        emb = last(emb)                                                 # (B, E)
+        if self.class_embed is not None:
+            emb = emb + self.class_embed(y)                             # (B, E)
 
         h, skips = x, []                                                # (B, channels, H, W)
         for layer in self.encoder:

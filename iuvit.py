@@ -223,12 +223,9 @@ class IUViT(nn.Module):
         self.extras = bool(num_classes) + 1                                 # tokens before the patches
         self.patch_embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
-        self.text_embed = self.text_pool = None
-        if text_dim:
-            self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), LayerNorm(dim))
-            # no bias, because time_embed has one; no scale or shift in the norm, because these two can hold them
-            self.text_pool = nn.Sequential(nn.LayerNorm(dim, elementwise_affine=False), nn.Linear(dim, dim, bias=False))
-        self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), LayerNorm(dim)) if text_dim else None
+        # its last layer also reads a vector of the text
+        self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(2 * dim if text_dim else dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
 
         # blocks
@@ -274,14 +271,14 @@ class IUViT(nn.Module):
         assert x.shape[2:] == (size, size), f"pictures have {tuple(x.shape[2:])} pixels, and img_size is {size}"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
-        time, text = self.time_embed(time), ()                              # (B, D)
+        first, act, last = self.time_embed
+        time, text = act(first(time)), ()                                   # (B, D)
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
-            # The paper concatenates a vector of the text with time's. A linear layer of [a; b] is W a + V b, hence
-            # this sum: W is time_embed's last layer and a its input, V is text_pool's layer and b the normalised mean
-            # of the text. (Which vectors, and the norm, are assumed.)
-            time = time + self.text_pool(masked_mean(*text))                # (B, D)
+            vector = F.layer_norm(masked_mean(*text), (self.dim,))          # (B, D)
+            time = torch.cat([time, vector], dim=1)                         # (B, 2 D)
+        time = last(time)                                                   # (B, D)
         tokens = [] if self.class_embed is None else [self.class_embed(y)[:, None]]             # (B, 1, D)
         tokens.append(time[:, None])                                        # (B, 1, D)
         x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)

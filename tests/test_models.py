@@ -97,7 +97,7 @@ def test_with_the_old_head_and_ffn_iuvit_is_uvit_with_an_mlp_for_time():
     net, old = dict(dim=32, depth=5, heads=2, num_classes=3), UViT(dim=32, depth=5, heads=2, num_classes=3)
     new = IUViT(**net, head="linear", ffn="mlp")
     assert count(new) - count(old) == 2 * (32 * 32 + 32)
-    new.time_embed = nn.Identity()
+    new.time_embed = nn.Sequential(*[nn.Identity()] * 3)
     new.load_state_dict(old.state_dict())
     x, t, y = inputs(size=32, **CLASS)
     torch.testing.assert_close(new(x, t, y), old(x, t, y))
