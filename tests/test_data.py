@@ -514,6 +514,14 @@ def test_prepare_does_nothing_to_a_set_that_is_there(terminal):
     assert os.stat("datasets/shapes/images.npy").st_mtime_ns == written
 
 
+@pytest.mark.parametrize("other", [dict(crop="adm"), dict(src="elsewhere"), dict(size=32)])
+def test_a_set_that_is_there_with_another_source_crop_or_size_is_refused(other, album, tmp_path):
+    how = dict(src=album("1.png", "2.png"), size=16)
+    prepared(tmp_path=tmp_path, **how)
+    with pytest.raises(data.UserError, match=f"mine is already there, with --{[*other][0]} "):
+        prepared(tmp_path=tmp_path, **{**how, **other})
+
+
 @pytest.mark.parametrize("last", ["images.npy", "labels.npy", "meta.json"])
 def test_a_prepare_that_is_killed_leaves_no_set_and_can_be_repeated(last, tmp_path, monkeypatch):
     def killed(path, write, write_file=data.write_file):
@@ -605,6 +613,11 @@ def test_the_sets_of_the_paper_are_described_before_they_are_prepared(name, size
     assert described["size"] == size and len(set(described["classes"])) == len(described["classes"]) == classes
 
 
+def test_what_is_mirrored_shows_no_letters_and_has_no_captions_that_speak_of_left_and_right():
+    assert {name for name, row in data.BUILT_IN.items() if row["flip"]} == {
+        "cifar10", "celeba64", "celebahq256", "church128", "church256", "bedroom256", "cub64", "cub128", "imagenet64"}
+
+
 def test_a_built_in_set_is_described_without_the_disk():
     assert data.describe("shapes64", "/nowhere") == dict(size=64, classes=data.SHAPE_CLASSES, flip=False)
     with pytest.raises(data.UserError, match="not in /nowhere yet: `python data.py prepare shapes64 --data-dir /now"):
@@ -678,6 +691,7 @@ def test_half_of_the_pictures_are_mirrored_where_asked_and_none_elsewhere():
     assert (plain[:, 0, 0, 0] < plain[:, 0, 0, 1]).all()
     assert torch.equal(torch.where(mirrored[:, None, None, None], plain.flip(-1), plain), asked)
     assert 0.47 < mirrored.float().mean() < 0.53, f"{mirrored.float().mean():.1%} are mirrored"
+    assert len({*zip(numbers(asked), mirrored.tolist())}) == 100, "a picture is always mirrored, or never"
 
 
 def test_a_set_without_classes_has_label_zero_throughout():
@@ -701,7 +715,9 @@ def test_a_set_travels_to_a_worker_without_its_pictures(datasets):
 
 # ---- show and export ------------------------------------------------------------------------------------------------
 
-def test_show_draws_48_pictures_from_all_over_the_set(datasets, terminal):
+def test_show_draws_48_pictures_from_all_over_the_set(datasets, terminal, monkeypatch):
+    texts, with_caption = [], data.with_caption
+    monkeypatch.setattr(data, "with_caption", lambda image, text: texts.append(text) or with_caption(image, text))
     code, said, _ = terminal("show", "shapes", "--data-dir", datasets, "--out", "sheet.png")
     assert code == 0 and said.startswith("sheet.png: 48 of 200 pictures of 32x32, 24 classes: red circle, red square")
     sheet = np.asarray(Image.open("sheet.png"))
@@ -709,6 +725,7 @@ def test_show_draws_48_pictures_from_all_over_the_set(datasets, terminal):
     assert sheet.shape == (6 * (cell_height + gap) + gap, 8 * (cell_width + gap) + gap, 3)
     second = sheet[gap:gap + 128:4, 2 * gap + cell_width:2 * (gap + cell_width):4].transpose(2, 0, 1)
     assert np.array_equal(second, data.draw_shapes([200 // 48], 32)[0][0])
+    assert texts == [data.SHAPE_CLASSES[label] for label in data.draw_shapes([i * 200 // 48 for i in range(48)], 32)[1]]
 
 
 def test_show_goes_beside_the_set_and_prepares_a_built_in_one(terminal, monkeypatch):

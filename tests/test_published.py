@@ -381,9 +381,9 @@ def test_classes_of_imagenet_are_those_of_a_file_only_if_their_order_is_known(tu
 
 @pytest.mark.parametrize("name", ["adm_64x64_diffusion", "adm_lsun_bedroom"])
 def test_adm_goes_on_at_another_size_with_attention_at_the_same_levels(file, tuned, monkeypatch, capsys, name):
-    save = torch.save                                                   # its checkpoint would be of a gigabyte
+    path, save = file(name), torch.save                                 # its checkpoint would be of a gigabyte
     monkeypatch.setattr(torch, "save", lambda whole, f: save(dict(config=whole["config"]), f))
-    config = tuned(file(name), "--data", "shapes", "--cond", "class")["config"]
+    config = tuned(path, "--data", "shapes", "--cond", "class")["config"]
     assert config["net"]["attn_sizes"] == ([16, 8, 4] if "64x64" in name else [4, 2, 1])
     assert len(logged()) == 1 and math.isfinite(logged()[0])
     assert "the embedding of the 24 classes starts anew" in capsys.readouterr().out

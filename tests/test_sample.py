@@ -212,6 +212,15 @@ def test_score_says_how_many_pictures_show_what_was_asked(drawn, capsys):
     assert f"of 6 pictures, {score['both']:.1f}% show the asked shape and colour" in capsys.readouterr().out
 
 
+def test_each_scale_is_scored_by_its_own_pictures(ckpt, tmp_path, monkeypatch):
+    scored, score = [], data.score_shapes
+    monkeypatch.setattr(data, "score_shapes", lambda pictures, labels: scored.append(pictures) or score(pictures, labels))
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ckpt", str(ckpt), "--out", str(tmp_path / "rows.png"),
+                                      *"--cfg 1,4 --n 3 --score --device cpu".split()])
+    sample.main()
+    assert len(scored) == 2 and len(scored[0]) == len(scored[1]) == 3 and not np.array_equal(*scored)
+
+
 @pytest.mark.parametrize("hip, mode", [(None, "reduce-overhead"), ("6.2", "default")])
 def test_compile_is_asked_for_with_cuda_graphs_except_on_amd_and_what_is_compiled_draws(hip, mode, drawn, monkeypatch):
     compiled = []
@@ -381,6 +390,15 @@ def test_a_device_that_is_not_here_is_one_message(drawn, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(data.LocalError, match="no cuda on this machine.*there is cpu"):
         drawn("--device", "cuda")
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(sample.pick_device("auto")) == "cuda:3" and chosen == ["cuda:3"]
 
 
 def test_out_of_memory_is_one_message(drawn, monkeypatch):

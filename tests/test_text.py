@@ -52,6 +52,15 @@ def test_scenes_to_ask_for_are_ones_that_no_training_has_seen(monkeypatch):
     assert min(numbers) >= data.SHAPE_COUNT and len(set(numbers)) == len(numbers)
 
 
+def test_scenes_to_ask_for_are_of_their_kind():
+    for caption, kind in zip(*data.asked_scenes(30)):
+        _, colour, shape, place, relation, *second = data.CAPTION_FORM.fullmatch(caption).groups()
+        assert bool(place) == (kind == "one object") and bool(relation) == any(second) == (kind != "one object"), caption
+        if relation:
+            new = data.held_out_colour(data.SHAPES.index(shape), list(data.RELATIONS).index(relation))
+            assert (list(data.PALETTE)[new] == colour) == (kind == "held-out"), caption
+
+
 def test_objects_are_whole_and_never_touch():
     for i in range(2000):
         _, objects, caption = data.draw_scene(i)
@@ -101,7 +110,7 @@ def test_the_scorer_is_near_chance_on_noise_and_on_captions_of_other_pictures():
 
 
 def test_the_scorer_asks_for_no_more_than_the_caption_says():
-    red = data.Object(0, 0, 0.3, 0.5, 0.28)
+    red = data.Object(0, 0, 0.3, 0.5, 0.34)                             # larger than the other, or it would not count
     image = data.paint(60, [red], 32)[None]
     for caption, keys in (("a red circle", {"n", "colour", "shape", "all"}), ("A  small red circle.", {"size"}),
                           ("a red circle on the left", {"place"})):
@@ -395,6 +404,14 @@ def test_a_checkpoint_knows_encoder_null_caption_and_grid(trained):
         assert np.array_equal(row.numpy(), data.encode(data.Words(), [caption])[0]), caption
 
 
+def test_each_picture_of_a_sheet_is_asked_for_by_its_own_caption(trained, monkeypatch):
+    asked, draw = [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda net, config, rows, *more: asked.extend(rows) or draw(
+        net, config, rows, *more))
+    text = trained("--steps", 1, "--batch", 4, "--accum", 2)["text"]
+    assert len(asked) == 4 and all(torch.equal(a, b) for a, b in zip(asked, text["rows"]))
+
+
 def test_each_picture_shows_its_prompt_and_guidance_leads_away_from_the_empty_caption(drawn, monkeypatch):
     def level(features, mask):
         return (features[:, :, 0] * mask).sum(1) / mask.sum(1) / 20
@@ -461,6 +478,11 @@ def test_without_a_prompt_the_captions_are_those_of_the_training_grid(drawn):
     assert drawn("--n", 5)[1] == [*(c := data.read_dict("run/ckpt.pt")["text"]["captions"]), c[0]]
 
 
+def test_the_captions_of_the_training_grid_need_no_encoder(drawn, monkeypatch):
+    monkeypatch.setattr(data, "load_encoder", lambda name: pytest.fail(f"{name} is loaded"))
+    drawn("--n", 4)
+
+
 def test_a_run_s_own_limit_holds_at_its_own_guidance(trained, drawn):
     trained("--cfg", 3, "--clip", "static", out="run3")
     own, static, dynamic = (drawn("--ckpt", "run3/ckpt.pt", "--n", 2, "--weights", "raw", *flags)[0].astype(int)
@@ -472,8 +494,12 @@ def test_a_run_s_own_limit_holds_at_its_own_guidance(trained, drawn):
 
 
 def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
+    texts, with_caption = [], data.with_caption
+    monkeypatch.setattr(data, "with_caption", lambda picture, text, lines: (
+        texts.append(text) or with_caption(picture, text, lines)))
     monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ckpt.pt --cfg 1,2,4 --prompt one two --device cpu".split())
     sample.main()
+    assert texts == ["1: one", "1: two", "2: one", "2: two", "4: one", "4: two"]
     sheet = sample.Image.open("samples.png")
     cell = 128 + 3 * 14                                                         # three lines of text
     assert sheet.size == (6 + 2 * (128 + 6), 6 + 3 * (cell + 6))
@@ -485,10 +511,10 @@ def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
 def test_every_scale_draws_all_pictures_block_by_block(drawn, monkeypatch):
     asked, draw = [], sample.draw
     monkeypatch.setattr(sample, "draw", lambda net, config, wanted, ids, device, multiple: (
-        asked.append((config["cfg"], list(ids))) or draw(net, config, wanted, ids, device, multiple)))
+        asked.append((config["cfg"], config["clip"], list(ids))) or draw(net, config, wanted, ids, device, multiple)))
     monkeypatch.setattr(sys, "argv", "sample.py --ckpt run/ckpt.pt --cfg 1,4 --n 3 --batch 2 --device cpu".split())
     sample.main()
-    assert asked == [(1, [0, 1]), (1, [2]), (4, [0, 1]), (4, [2])]
+    assert asked == [(1, "static", [0, 1]), (1, "static", [2]), (4, "dynamic", [0, 1]), (4, "dynamic", [2])]
 
 
 def test_prompts_are_columns_of_a_sheet_also_if_some_are_the_same(drawn, monkeypatch):
@@ -506,6 +532,22 @@ def test_score_speaks_of_one_two_and_held_out_objects(drawn, capsys):
     assert [line.split(":")[0] for line in lines] == ["one object", "two objects", "held-out"]
     with pytest.raises(data.UserError, match="'a dog' cannot be scored"):
         drawn("--score", "--prompt", "a dog")
+
+
+def test_each_kind_is_scored_by_its_own_pictures(monkeypatch):
+    scored = []
+    monkeypatch.setattr(data, "score_captions", lambda pictures, asked: (
+        scored.append((pictures.tolist(), asked)) or dict(n=2, all=0)))
+    sample.tell_score(np.arange(6), list("abcdef"), ["one object", "two objects", "held-out"] * 2, "")
+    assert scored == [([0, 3], ["a", "d"]), ([1, 4], ["b", "e"]), ([2, 5], ["c", "f"])]
+
+
+def test_the_word_is_watched_where_each_picture_s_own_prompt_has_it(drawn, monkeypatch):
+    watched, maps = [], sample.attention_maps
+    monkeypatch.setattr(sample, "attention_maps", lambda net, marked, size: (
+        watched.append(marked.nonzero().tolist()) or maps(net, marked, size)))
+    drawn("--prompt", "a red circle", "a very small red one", "--attend", "red", "--n", 4, "--batch", 1)
+    assert watched == [[[0, 1]], [[0, 3]], [[0, 1]], [[0, 3]]]
 
 
 def test_attention_maps_are_those_of_the_network_and_leave_it_alone(drawn):

@@ -174,8 +174,8 @@ def test_the_average_leaves_no_trace_for_a_gradient_and_drops_out_nothing(traine
 def test_the_average_has_a_short_memory_while_the_run_is_young(trained):
     average = trained("--steps", 1, "--lr", 1e-30, out="start")["model"]        # a rate that moves nothing
     for step in range(4):
-        ckpt = trained("--steps", step + 1, "--ema", 0.15)
-        decay = min(0.15, (1 + step) / (10 + step))                             # 0.1, then 0.15
+        ckpt = trained("--steps", step + 1, "--ema", 0.28)
+        decay = min(0.28, (1 + step) / (10 + step))                             # 0.1, 0.18, 0.25, 0.28
         average = {k: decay * average[k] + (1 - decay) * ckpt["model"][k] for k in average}
         torch.testing.assert_close(ckpt["ema"], average, msg=lambda text: f"step {step}, decay {decay}: {text}")
 
@@ -190,6 +190,36 @@ def test_a_dropped_class_is_the_one_after_the_last(trained, monkeypatch):
     monkeypatch.setattr(diffusion, "loss", lambda *args: seen.append(args[-1][0].tolist()) or loss(*args))
     trained("--steps", 1, "--drop", 0.999)
     assert seen == [[24] * 8]
+
+
+def test_each_picture_loses_its_class_as_often_as_asked_and_on_its_own(trained, monkeypatch):
+    seen, loss = [], diffusion.loss
+    monkeypatch.setattr(diffusion, "loss", lambda *args: seen.append(args[-1][0].tolist()) or loss(*args))
+    trained("--steps", 40, "--drop", 0.3)
+    dropped = [classes.count(24) for classes in seen]
+    assert 70 < sum(dropped) < 122 and not {*dropped} <= {0, 8}, f"{dropped} of 8 in each of 40 steps"
+
+
+def test_gradients_are_clipped_as_a_whole_and_logged_as_they_were(trained):
+    def gradient(accum):                                                        # with a beta of 0, as it was taken
+        ckpt = trained("--steps", 1, "--grad-clip", 1e-3, "--beta1", 0, "--accum", accum, out=f"accum{accum}")
+        return torch.cat([state["exp_avg"].flatten() for state in ckpt["opt"]["state"].values()])
+
+    one, four = gradient(1), gradient(4)
+    assert one.norm() == pytest.approx(1e-3, rel=1e-3) and column("grad_norm", "accum1")[0] > 0.01
+    assert (one - four).norm() < 1e-5, "each part was clipped by itself"
+
+
+def test_another_seed_is_another_run_in_everything(trained, monkeypatch):
+    """Its weights, pictures, times and noise, and the units that drop out."""
+    seen, seeds, loss, manual_seed = [], [], diffusion.loss, torch.manual_seed
+    monkeypatch.setattr(diffusion, "loss", lambda net, *parts: seen.append(parts[:3]) or loss(net, *parts))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    first, other = (trained("--steps", 1, "--lr", 1e-30, "--seed", seed, out=f"seed{seed}")["model"]["pos_embed"]
+                    for seed in (0, 1))
+    for a, b in zip((first, *seen[0]), (other, *seen[1])):
+        assert not torch.isclose(a, b).all()
+    assert len(seeds) == 4 and not {*seeds[:2]} & {*seeds[2:]}, seeds
 
 
 def test_the_learning_rate_rises_in_a_line_and_then_stays(trained):
@@ -221,6 +251,26 @@ def test_a_bin_holds_the_losses_of_its_quarter_of_time(trained, monkeypatch):
     trained("--steps", 1, "--time-shift", 1, "--time-spread", 1)
     for i in range(4):
         assert i / 4 <= column(f"loss_t{i}")[0] < (i + 1) / 4, f"bin {i}"
+
+
+def test_a_row_of_the_log_is_the_mean_of_the_steps_since_the_last(trained):
+    trained("--steps", 4, out="each")
+    trained("--steps", 4, "--log-every", 2, out="pairs")
+    first, second, third, fourth = column("loss", "each")
+    assert column("loss", "pairs") == pytest.approx([(first + second) / 2, (third + fourth) / 2], rel=1e-4)
+
+
+def test_the_time_that_drawing_takes_is_no_time_of_training(trained, monkeypatch):
+    clock, loss = [0], diffusion.loss
+
+    def take(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(train, "now", lambda: clock[0])
+    monkeypatch.setattr(diffusion, "loss", lambda *args: take(2) or loss(*args))
+    monkeypatch.setattr(train, "draw_grid", lambda *args: take(100))
+    trained("--steps", 3, "--log-every", 2, "--sample-every", 1)
+    assert column("images_per_s") == [4, 4] and column("seconds") == [104, 206]
 
 
 # ---- it stops and goes on --------------------------------------------------------------------------------
@@ -262,6 +312,24 @@ def test_a_run_told_to_stop_while_a_compiler_traces_it_stops(trained, monkeypatc
     draw_times = diffusion.draw_times
     monkeypatch.setattr(diffusion, "draw_times", Calls(draw_times, at=1, instead=told_to_stop))
     assert trained("--steps", 3)["step"] == 1
+
+
+def test_a_later_signal_kills_but_not_one_of_the_same_stop(monkeypatch):
+    raised = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    stops = train.listen_for_stops()
+    stop = signal.getsignal(signal.SIGTERM)
+    stop(signal.SIGTERM, None), stop(signal.SIGTERM, None)
+    assert len(stops) == 2 and not raised
+    stops[0] -= 4                                                               # seconds
+    stop(signal.SIGTERM, None)
+    assert raised == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_under_nohup_does_not_stop_when_its_terminal_closes():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    train.listen_for_stops()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_run_told_to_stop_leaves_its_grid_to_be_drawn_by_the_next(trained, monkeypatch):
@@ -324,9 +392,10 @@ def test_seconds_and_skipped_steps_go_on_where_the_checkpoint_was(trained, monke
 def test_a_finished_run_says_so_and_changes_nothing(trained, capsys):
     trained()
     before = contents()
-    trained()
-    assert "run is finished at step 2" in capsys.readouterr().out
-    assert contents() == before
+    for steps in (2, 1):                                                        # fewer than it has done, too
+        trained("--steps", steps)
+        assert "run is finished at step 2" in capsys.readouterr().out
+        assert contents() == before
 
 
 def test_a_folder_that_holds_another_run_is_refused_with_the_difference(trained):
@@ -584,6 +653,14 @@ def test_a_sheet_is_what_is_drawn_from_the_averaged_weights_of_its_checkpoint(tr
     assert ImageChops.difference(sheet, drawn["raw"]).getbbox() is not None
 
 
+def test_every_picture_of_a_sheet_has_its_own_noise_and_class_however_few_are_drawn_at_a_time(trained, monkeypatch):
+    calls, draw = [], train.sample.draw
+    monkeypatch.setattr(train.sample, "draw", lambda net, config, asked, ids, device: (
+        calls.append((asked.tolist(), list(ids))) or draw(net, config, asked, ids, device)))
+    trained("--steps", 1, "--batch", 2, "--samples", 5)
+    assert calls == [([0, 1], [0, 1]), ([2, 3], [2, 3]), ([4], [4])]
+
+
 def test_the_progress_shows_the_first_rows_of_twelve_sheets_from_the_first_to_the_last(tmp_path):
     for i in range(30):
         Image.new("RGB", (6, 12), (i, i, i)).save(tmp_path / f"step_{i:07d}.png")
@@ -622,6 +699,8 @@ def test_ascend_under_torchrun_has_the_losses_and_gradients_of_one_process(train
     one, two = column("loss", "one"), column("loss", "two")
     assert two == pytest.approx(one, rel=1e-4), f"one process: {one}, two: {two}"
     assert column("grad_norm", "two") == pytest.approx(column("grad_norm", "one"), rel=1e-3)
+    one, two = (np.asarray(Image.open(f"{out}/samples/step_0000004.png")).astype(int) for out in ("one", "two"))
+    assert abs(one - two).max() <= 3, "pictures of a sheet have changed places"
 
 
 KEEP_WEIGHTS_AND_SEEDS_OF_EVERY_RANK = f"""
