@@ -112,10 +112,15 @@ def test_x_t_has_the_moments_of_the_forward_process(schedule):
 @each_schedule
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_loss_of_each_image_is_its_squared_distance_from_the_target(schedule, prediction):
+    """Of a network that works the target out from the x_t and t that it is given, and adds y."""
     times, y, (x0, eps) = [0.01, 0.3, 0.6, 0.9], torch.arange(4), torch.randn(2, 4, 3, 8, 8)
-    alpha, sigma = (torch.tensor([f(t) for t in times])[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
-    t, target = torch.tensor(times), dict(eps=eps, v=alpha * eps - sigma * x0)[prediction]
-    losses = diffusion.loss(lambda x, t, y: target + y[:, None, None, None], x0, t, eps, schedule, prediction, (y,))
+
+    def net(x, t, y):
+        alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+        noise = (x - alpha * x0) / sigma
+        return dict(eps=noise, v=alpha * noise - sigma * x0)[prediction] + y[:, None, None, None]
+
+    losses = diffusion.loss(net, x0, torch.tensor(times), eps, schedule, prediction, (y,))
     torch.testing.assert_close(losses, torch.tensor([0.0, 1.0, 4.0, 9.0]), atol=1e-5, rtol=1e-5)
 
 
@@ -188,6 +193,17 @@ def test_guidance_is_linear_in_its_scale_and_one_call_of_twice_the_batch(scale):
     assert rows == [4]
 
 
+def test_guidance_is_computed_in_float32_whatever_the_network_returns():
+    """In bfloat16 the difference of two answers near 1 has two digits, and guidance multiplies its error."""
+    def net(x, t, y):
+        return y.bfloat16()[:, None, None, None].expand_as(x)
+
+    one, other, linear = 1.0, 0.8984375, SCHEDULES["linear"]                    # exact in bfloat16
+    denoise = denoiser(net, linear, "v", (torch.tensor([one]),), (torch.tensor([other]),), scale=7.5, clip="none")
+    guided = denoise(torch.zeros(1, 1, 1, 1), 0.5).item() / -linear.sigma(0.5)
+    assert guided == pytest.approx(other + 7.5 * (one - other), rel=1e-6)
+
+
 def test_a_forgotten_comma_is_told():
     """(y) is no tuple: its first row would be the class of all."""
     x, t, y = torch.zeros(2, 1, 2, 2), torch.rand(2), torch.tensor([3, 4])
@@ -232,6 +248,8 @@ def test_dynamic_clip_scales_each_saturated_picture_by_its_own_percentile():
     assert torch.equal(x0[0], calm)
     assert torch.equal(x0[1], saturated / 2)
     assert x0[2].max() == 1 and x0[2].median() == 0.5
+    ramp = torch.linspace(0, 10, 1001).view(1, 1, 1, -1)
+    torch.testing.assert_close(diffusion.clip_x0(ramp, "dynamic"), ramp.clamp(max=9.95) / 9.95)
 
 
 def test_clip_is_what_the_denoiser_returns():
@@ -240,6 +258,14 @@ def test_clip_is_what_the_denoiser_returns():
         return far(torch.zeros(1, 1, 2, 2), 0.5).max().item()
 
     assert x0("none") > 9 and x0("static") == x0("dynamic") == 1
+
+
+def test_pictures_are_clipped_statically_unless_told_otherwise_and_after_a_classifier_has_pushed():
+    linear, x = SCHEDULES["linear"], torch.zeros(1, 1, 1, 2)
+    x0 = denoiser(lambda x, t: torch.tensor([-10, -0.5]).expand_as(x), linear, "v")(x, 0.5)
+    assert x0.flatten().tolist() == pytest.approx([1, 0.5 * linear.sigma(0.5)])
+    pushed = denoiser(lambda x, t: torch.zeros_like(x), linear, cond_fn=lambda x, t: 100 * torch.ones_like(x))(x, 0.5)
+    assert (pushed == 1).all()
 
 
 # ---- guidance by a classifier ------------------------------------------------------------------------
@@ -323,6 +349,29 @@ def test_grids_are_even_in_what_their_names_say(schedule, grid, even):
     assert gaps == pytest.approx([gaps[0]] * 18, rel=1e-6) and inner[-1] == pytest.approx(diffusion.T_MIN)
     long = even == "lam" and marks[0] < -6                              # the cosine's first step begins in pure noise
     assert abs(first) > 5 * abs(gaps[0]) if long else first == pytest.approx(gaps[0], rel=1e-6)
+
+
+def test_the_numbers_in_the_comments_on_grids_are_theirs():
+    sigmas = [schedule.sigma(diffusion.T_MIN) for schedule in SCHEDULES.values()]
+    assert sigmas == pytest.approx([0.0105, 0.0064], rel=0.01)
+    cosine = SCHEDULES["cosine"]
+    second, third = (cosine.lam(t) for t in diffusion.logsnr_times(cosine, 20)[1:3])
+    assert 2 * second - third == pytest.approx(-5.1), "the grid is even from here on"
+
+
+@pytest.mark.parametrize("sampler, grid", [("em", "uniform_times"), ("ddim", "logsnr_times"), ("dpm", "logsnr_times")])
+def test_a_sampler_steps_on_its_own_grid_and_keeps_no_graph(sampler, grid):
+    seen, net, linear = [], torch.nn.Conv2d(1, 1, 1), SCHEDULES["linear"]
+    denoise = denoiser(lambda x, t: seen.append(t[0].item()) or net(x), linear)
+    x = diffusion.sample(denoise, ImageNoise([0], (1, 2, 2)), linear, sampler, steps=5)
+    assert seen == pytest.approx(getattr(diffusion, grid)(linear, 5)[:-1]) and not x.requires_grad
+
+
+def test_sampling_is_by_dpm_solver_in_20_steps_unless_told_otherwise():
+    calls, linear = [], SCHEDULES["linear"]
+    denoise = denoiser(lambda x, t: calls.append(t) or torch.zeros_like(x), linear)
+    usual, dpm = (diffusion.sample(denoise, ImageNoise([0], (1, 2, 2)), linear, *more) for more in ((), ("dpm", 20)))
+    assert len(calls) == 40 and torch.equal(usual, dpm)
 
 
 def solver_error(sampler, schedule, steps):

@@ -13,7 +13,7 @@ import data
 import diffusion
 import train
 import unet
-from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, WindowAttention, attend, attend_biased
+from ascend import ASCEND, PatchExpand, PatchMerge, SwinBlock, SwinLayer, WindowAttention, attend, attend_biased
 from conftest import TINY
 from iuvit import CrossAttention, DWConvFFN, IUBlock, IUViT, MLP
 from unet import GroupNorm, ResBlock, SpatialAttention, UNet, timestep_embedding
@@ -79,6 +79,16 @@ def test_parameter_count_is_exact_and_the_docstring_knows_it(model, parameters):
     with torch.device("meta"):
         assert count(MODELS[model]()) == parameters
     assert f"{parameters:,}" in MODELS[model].__doc__
+
+
+@each_model
+def test_heads_and_dropout_which_no_count_can_see_are_those_of_the_papers_unless_told_otherwise(model):
+    with torch.device("meta"):
+        net = MODELS[model]()
+    if model in ("uvit", "iuvit"):
+        assert net.mid_block.attn.heads == 8
+    else:
+        assert {m.p for m in net.modules() if isinstance(m, nn.Dropout)} == {0.1}
 
 
 @pytest.mark.parametrize("model, choice, parameters, parts", CHOICES)
@@ -157,7 +167,7 @@ def test_gradients_of_a_layer_norm_lose_no_terms_of_a_long_sum(dtype):
     ("uvit", (8, 32), r"pictures have \(8, 32\) pixels, and img_size is 16"),
     ("iuvit", (17, 17), r"pictures have \(17, 17\) pixels, and img_size is 16"),
     ("ascend", (32, 32), r"pictures have \(32, 32\) pixels, and img_size is 16"),
-    ("unet", (16, 17), "each side must be a multiple of")])
+    ("unet", (16, 17), "each side must be a multiple of"), ("unet", (17, 16), "each side must be a multiple of")])
 def test_a_picture_of_another_size_is_refused(model, size, message):
     with pytest.raises(AssertionError, match=message):
         awake(model)(torch.randn(2, 3, *size), torch.rand(2))
@@ -238,6 +248,14 @@ def test_linear_layers_and_places_of_the_transformers_start_small_as_published(m
     assert not any(m.bias.any() for m in linear.values() if m.bias is not None)
 
 
+@pytest.mark.parametrize("model, choice, random", [
+    ("uvit", {}, True), ("iuvit", dict(head="linear"), True), ("iuvit", {}, False)])
+def test_classes_start_at_unit_scale_and_a_head_behind_a_linear_layer_not_at_zero(model, choice, random):
+    net = MODELS[model](dim=128, depth=3, heads=2, num_classes=99, **choice)
+    assert bool(net.head.weight.any()) == random
+    assert net.class_embed.weight.std().item() == pytest.approx(1, rel=0.1)
+
+
 def assert_every_parameter_gets_a_gradient(model, net):
     batch, net = inputs(**net), awake(model, **net)
     net(*batch).square().mean().backward()
@@ -267,11 +285,33 @@ def test_nothing_leaks_across_the_batch(model, condition):
 
 
 @each_model
-@pytest.mark.parametrize("condition, changed", [(CLASS, "x"), (CLASS, "t"), (CLASS, "y"), (TEXT, "y"), (TEXT, "mask")])
+@pytest.mark.parametrize("condition, changed", [
+    (CLASS, "x"), (CLASS, "t"), (CLASS, "y"), (TEXT, "t"), (TEXT, "y"), (TEXT, "mask")])
 def test_output_depends_on_each_input(model, condition, changed):
     net, batch = awake(model, **condition), dict(zip(["x", "t", "y", "mask"], inputs(**condition)))
     other = {**batch, changed: batch[changed].roll(1, dims=0)}
     assert difference(net(**other), net(**batch)) > 1e-3
+
+
+@each_model
+@each_condition
+def test_one_corner_of_a_picture_is_seen_at_the_other(model, condition):
+    net, (x, *rest) = awake(model, **condition), inputs(**condition)
+    moved = x.clone()
+    moved[:, :, :8, :8] += 1
+    assert difference(net(moved, *rest)[..., -4:, -4:], net(x, *rest)[..., -4:, -4:]) > 1e-4
+
+
+@pytest.mark.parametrize("model", ["unet", "iuvit", "ascend"])
+def test_time_passes_through_all_of_its_mlp_whose_last_layer_reads_the_mean_of_the_text_as_well(model):
+    net, (x, t, y, mask), called, read = awake(model, **TEXT), inputs(**TEXT), [], []
+    for part in net.time_embed:
+        part.register_forward_hook(lambda part, args, out: called.append(type(part)) or read.append(args[0]))
+    net(x, t, y, mask)
+    assert called == [nn.Linear, nn.SiLU, nn.Linear]
+    mean = torch.stack([net.text_embed(tokens[real]).mean(dim=0) for tokens, real in zip(y, mask)])
+    _, vector = read[-1].chunk(2, dim=1)
+    torch.testing.assert_close(vector, F.layer_norm(mean, mean.shape[1:]), atol=1e-4, rtol=1e-4)
 
 
 @each_model
@@ -395,12 +435,14 @@ def block_inputs(kind):
     """An input of a block of 8 channels: what it reads besides."""
     tokens, emb = torch.randn(2, 16, 8), torch.randn(2, 8)
     text = torch.randn(2, 3, 8), torch.ones(2, 3) > 0
-    return dict(map=(torch.randn(2, 8, 4, 4), emb), tokens=(tokens, None, tokens), read=(tokens, text, tokens))[kind]
+    return dict(map=(torch.randn(2, 8, 4, 4), emb), rows=(torch.randn(2, 4, 4, 8), emb),
+                tokens=(tokens, None, tokens), read=(tokens, text, tokens))[kind]
 
 
 @pytest.mark.parametrize("make, kind, order", [
     (lambda: ResBlock(8, 16, 8), "map", "norm1 resize conv1 scale_shift norm2 dropout conv2 resize shortcut"),
     (lambda: SwinBlock(8, 16, 4, 4, 2, 8, 0.0), "map", "fit_width plain shifted"),
+    (lambda: SwinLayer(8, 4, 4, 2, 0, 8, 0.5), "rows", "scale_shift norm1 attn norm2 fc1 dropout fc2"),
     (lambda: Block(8, 2, MLP(8), skip=True), "tokens", "skip_linear norm1 attn norm2 ffn"),
     (lambda: IUBlock(8, 2, MLP(8), True, "concat"), "read", "skip_linear norm1 attn norm2 ffn"),
     (lambda: IUBlock(8, 2, MLP(8), True, "separate"), "read", "skip_linear norm1 attn norm_text cross norm2 ffn")])
@@ -410,6 +452,42 @@ def test_the_parts_of_a_block_are_called_in_this_order(make, kind, order):
         part.register_forward_hook(lambda part, args, out, name=name: called.append(name))
     block(*block_inputs(kind))
     assert called == order.split()
+
+
+@pytest.mark.parametrize("make, kind", [
+    (lambda: Block(8, 2, MLP(8), False), "tokens"), (lambda: IUBlock(8, 2, MLP(8), False, "concat"), "read"),
+    (lambda: IUBlock(8, 2, MLP(8), False, "separate"), "read"), (lambda: SwinLayer(8, 4, 4, 2, 1, 8, 0.0), "rows")])
+def test_a_block_adds_to_its_input(make, kind):
+    block, (x, other, *_) = make(), block_inputs(kind)
+    for name, p in block.named_parameters():
+        if "proj" in name or "fc2" in name:                             # the last layers of its branches
+            nn.init.zeros_(p)
+    assert torch.equal(block(x, other), x)
+
+
+@pytest.mark.parametrize("model", ["unet", "ascend"])
+def test_the_middle_looks_at_itself_before_it_reads_the_text_and_the_head_sees_what_silu_leaves(model):
+    net, seen = awake(model, **TEXT), []
+    assert [type(m).__name__ for m in net.middle] == ["ResBlock", "SpatialAttention", "TextAttention", "ResBlock"]
+    net.norm.register_forward_hook(lambda m, args, out: seen.append(F.silu(out)))
+    net.head.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    net(*inputs(**TEXT))
+    assert torch.equal(*seen)
+
+
+def test_the_improved_ffn_is_its_layers_written_out():
+    ffn, x = DWConvFFN(8, grid=3, extras=2), torch.randn(2, 11, 8)
+    h = ffn.norm1(F.gelu(ffn.fc1(x)))
+    conv = ffn.dwconv(h[:, 2:].transpose(1, 2).reshape(2, 32, 3, 3)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(ffn(x), ffn.fc2(ffn.norm2(F.gelu(torch.cat([h[:, :2], conv], dim=1)))))
+
+
+def test_a_swin_layer_is_its_layers_written_out_with_time_in_both_norms():
+    layer, x, emb = SwinLayer(8, 4, 4, 2, 1, 8, 0.0), torch.randn(2, 4, 4, 8), torch.randn(2, 8)
+    scale1, shift1, scale2, shift2 = layer.scale_shift(F.silu(emb))[:, None, None].chunk(4, dim=-1)
+    h = x + layer.attn(layer.norm1(x) * (1 + scale1) + shift1)
+    mlp = layer.fc2(F.gelu(layer.fc1(layer.norm2(h) * (1 + scale2) + shift2)))
+    torch.testing.assert_close(layer(x, emb), h + mlp)
 
 
 @pytest.mark.parametrize("precision", [nullcontext(), torch.autocast("cpu", torch.bfloat16)], ids=["plain", "autocast"])
@@ -427,6 +505,11 @@ def test_timestep_embedding_is_what_a_pocket_calculator_says(precision):
     (256, 32), (128, 32), (96, 16), (64, 16), (40, 8), (32, 8), (6, 1), (3, 1)])
 def test_group_norm_has_32_groups_or_fewer_of_at_least_four_channels(channels, groups):
     assert GroupNorm(channels).num_groups == groups
+
+
+def test_group_norm_under_autocast_is_in_float32():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert GroupNorm(8)(torch.randn(2, 8, 4, 4).bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
@@ -512,11 +595,21 @@ def test_cross_attention_is_a_softmax_over_the_real_tokens_of_the_text():
 
 
 def test_spatial_attention_is_a_softmax_over_all_positions():
-    attn, x = SpatialAttention(64, head_dim=32), torch.randn(2, 64, 3, 3)
+    attn, x = SpatialAttention(64, head_dim=32), torch.randn(2, 64, 3, 4)
     nn.init.normal_(attn.proj.weight)
-    q, k, v = (part.reshape(2, 2, 32, 9).transpose(2, 3) for part in attn.qkv(attn.norm(x)).split(64, dim=1))
-    out = softmax_attention(q, k, v).transpose(2, 3).reshape(2, 64, 3, 3)
+    q, k, v = (part.reshape(2, 2, 32, 12).transpose(2, 3) for part in attn.qkv(attn.norm(x)).split(64, dim=1))
+    out = softmax_attention(q, k, v).transpose(2, 3).reshape(2, 64, 3, 4)
     torch.testing.assert_close(attn(x), x + attn.proj(out))
+
+
+@pytest.mark.parametrize("file", [unet, ascend])
+def test_text_attention_writes_to_the_position_that_asked(file):
+    attn, x = file.TextAttention(64, head_dim=16, text_width=8), torch.randn(2, 64, 2, 3)
+    nn.init.normal_(attn.attn.proj.weight)
+    text, mask = torch.randn(2, 5, 8), torch.ones(2, 5) > 0
+    out = attn.attn(attn.norm(x).flatten(2).transpose(1, 2), text, mask)
+    torch.testing.assert_close(attn(x, text, mask), x + out.transpose(1, 2).reshape(x.shape))
+    assert attn.attn.heads == 4
 
 
 @pytest.mark.parametrize("size, window, shift", [
@@ -549,6 +642,12 @@ def test_swin_block_shifts_its_second_layer_unless_one_window_covers_the_map(siz
     block = SwinBlock(8, 8, head_dim=4, size=size, window=8, emb_dim=8, dropout=0.0)
     assert (block.plain.attn.w, block.plain.attn.shift) == (window, 0)
     assert (block.shifted.attn.w, block.shifted.attn.shift) == (window, shift)
+
+
+def test_a_window_of_odd_size_shifts_by_the_smaller_half_and_its_biases_start_small():
+    block = SwinBlock(64, 64, head_dim=1, size=20, window=5, emb_dim=8, dropout=0.0)
+    assert block.shifted.attn.shift == 2
+    assert block.plain.attn.bias.std().item() == pytest.approx(0.02, rel=0.1)   # of 81 x 64 numbers
 
 
 def test_patch_merging_reads_the_four_pixels_in_the_published_order():
