@@ -125,9 +125,8 @@ LAPTOP = dict(data="shapes", cond="class", schedule="cosine", prediction="v", ti
               steps=6000, batch=16, lr=2e-3, warmup=100, cooldown=0.4, beta2=0.99, ema=0.999, samples=24,
               sampler="em", sample_steps=200, cfg=1.0, sample_every=1500, save_every=500)
 
-# The set shapes-text, encoded by words: one or two objects and where they are. In these steps the U-Net gets single
-# objects right, but few pairs (half of them in 24,000). Of three seeds of ASCEND, one got two thirds of the pairs
-# right, the others about a tenth.
+# The set shapes-text, encoded by words: one or two objects and where they are. In these steps the U-Net and ASCEND get
+# single objects right, but few pairs (the U-Net half of them in 24,000).
 LAPTOP_TEXT = dict(LAPTOP, cond="text", steps=7000, cfg=1.5, sample_every=1750)
 
 # Small sets of real pictures, for an hour or a night. time_shift is higher, because larger pictures lose their outlines
