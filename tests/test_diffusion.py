@@ -177,6 +177,12 @@ def guided(scale, y=(2, 5), null=(9, 9)):
     return denoise(torch.zeros(2, 1, 1, 1), 0.5).flatten(), net.rows
 
 
+def test_a_network_is_told_the_time_in_float32_whatever_the_pictures_are_in():
+    seen, x = [], torch.zeros(2, 1, 1, 1, dtype=torch.float64)
+    denoiser(lambda x, t: seen.append(t) or x, SCHEDULES["linear"])(x, 0.3)
+    assert seen[0].dtype == torch.float32 and seen[0].tolist() == pytest.approx([0.3, 0.3])
+
+
 def test_guidance_of_scale_1_is_the_condition_alone_and_calls_the_network_on_it_alone():
     x0, rows = guided(scale=1)
     assert torch.equal(x0, -SCHEDULES["linear"].sigma(0.5) * torch.tensor([3.0, 6.0])) and rows == [2]
