@@ -204,7 +204,7 @@ def load(path, weights="ema", device="cpu"):
 def draw(net, config, wanted, ids, device, multiple=8):
     """The pictures numbered `ids`, uint8 (B, 3, S, S), each from its own noise.
 
-    config: as `load` returns it. wanted: what each shows, by config["cond"]: [], classes (B,), or features [(L, d)].
+    config: as `load` returns it. wanted: what each shows, by config["cond"]: (), classes (B,), or features [(L, d)].
     multiple: of how many tokens texts are padded to."""
     size, cond = config["info"]["size"], ()
     null = len(config["info"]["classes"])                               # the null class, or the empty text's features
@@ -225,8 +225,8 @@ STRONG = 2              # the guidance by text above which pictures saturate wit
 
 
 def clip_for(scale, config):
-    """How to keep pictures in range at this guidance, unless --clip says: in the run's own way, except that STRONG
-    guidance that is not the run's own gets the dynamic threshold."""
+    """How to keep pictures in range at this guidance, unless --clip says: in the run's own way, except that guidance by
+    text above STRONG that is not the run's own gets the dynamic threshold."""
     stronger = config["cond"] == "text" and scale > STRONG and scale != config["cfg"]
     return "dynamic" if stronger and config["clip"] == "static" else config["clip"]
 
@@ -365,7 +365,7 @@ def features_of(prompts, args, text, limit):
 
 
 class Asked(NamedTuple):
-    """What n pictures are to show, and how to say so; None: there is no such thing."""
+    """What n pictures are to show, and how to say so. What there is not is None, or () for wanted."""
     wanted: object = ()             # for `draw`: classes (n,), or features [(L, d)]
     array: np.ndarray = None        # the same for people, arr_1 of the .npz: classes or prompts
     labels: list = None             # what is written below the pictures

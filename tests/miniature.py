@@ -110,7 +110,7 @@ SAMPLING = {
 ROWS = dict(dpm="DPM-Solver++ (`dpm`)", ddim="DDIM (`ddim`)", em="Euler-Maruyama (`em`)",
             guidance="Euler-Maruyama in 200 steps")
 COLUMNS = dict(samplers="evaluations of the network", guidance="guidance scale")
-SHOWN, SCORED = 10, 96                                      # samples in a figure, and in a score
+SHOWN, SCORED = 10, 96                                      # samples in a figure, and in the score of a run of minutes
 SCORED_LONG = 480                                           # of the long run, of which little is wrong: finer
 
 
