@@ -517,6 +517,18 @@ def test_fresh_is_refused_on_several_nodes_whose_restarts_torchrun_does_not_coun
     assert column("step") == [1, 2] and not Path("run-old1").exists()
 
 
+def test_the_embedding_of_classes_in_another_order_starts_anew(trained, capsys):
+    """Else every class would begin as another one, and nobody would know."""
+    ckpt, says = trained(out="first"), "the embedding of the 24 classes starts anew"
+    ckpt["config"]["info"]["classes"].reverse()
+    torch.save(ckpt, "reversed.pt")
+    for file, anew in (("first/ckpt.pt", False), ("reversed.pt", True)):
+        capsys.readouterr()
+        tuned = trained("--init-from", file, "--steps", 1, "--lr", 1e-30, out=f"anew-{anew}")["model"]
+        assert (says in capsys.readouterr().out) == anew
+        assert torch.allclose(tuned["class_embed.weight"], ckpt["ema"]["class_embed.weight"]) == (not anew)
+
+
 def test_fresh_does_not_move_the_weights_that_it_is_to_start_from(trained):
     trained()
     before = contents()
