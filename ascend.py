@@ -79,9 +79,9 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
     (B, heads, N, M)): which of the M keys are read.
 
-    By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there, forward and backward, the formula takes
-    half the time of the kernel with 257 tokens, and an eighth with 66. (With 1,025 the kernel is faster, and without
-    gradients no slower.)"""
+    By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there the formula, with its gradients, takes half
+    the kernel's time for 257 tokens, and an eighth for 66. (The kernel is faster for 1,025, and as fast where no
+    gradients are needed.)"""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -89,7 +89,7 @@ def attend(q, k, v, mask=None):
 
 def attend_biased(q, k, v, bias):
     """attend, with a bias (heads, N, M) added to the scores. On a CPU a bias with gradients has no fused kernel, and in
-    bfloat16 the formula is faster; any other bias needs four dimensions, bias[None], to get one."""
+    bfloat16 the formula is faster; any other bias has one, if it has four dimensions: bias[None]."""
     if bias.is_cpu and (bias.requires_grad or q.dtype == torch.bfloat16):
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
@@ -126,8 +126,8 @@ class WindowAttention(nn.Module):
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
         # a, b: row and column of a window among the windows; i, j: of a position in its window
-        q, k, v = rearrange(self.qkv(x), "B (a i) (b j) (K heads d) -> K B (a b heads) (i j) d",
-                            K=3, i=self.w, j=self.w, heads=self.heads)
+        q, k, v = rearrange(self.qkv(x), "B (a i) (b j) (qkv heads d) -> qkv B (a b heads) (i j) d",
+                            qkv=3, i=self.w, j=self.w, heads=self.heads)
         bias = self.bias[self.index].permute(2, 0, 1)[None]             # (1, heads, w*w, w*w)
         bias = bias.expand(self.side**2, -1, -1, -1) if self.shift_mask is None else bias + self.shift_mask[:, None]
         x = attend_biased(q, k, v, bias.flatten(0, 1).to(q.dtype))      # bias (windows * heads, w*w, w*w)
@@ -254,7 +254,7 @@ class SpatialAttention(nn.Module):
         qkv = rearrange(self.qkv(self.norm(x)), "B C H W -> B (H W) C").chunk(3, dim=-1)
         q, k, v = (rearrange(part, "B N (heads d) -> B heads N d", d=self.head_dim) for part in qkv)
         h = rearrange(attend(q, k, v), "B heads (H W) d -> B H W (heads d)", H=x.shape[2])
-        return x + self.proj(rearrange(h, "B H W C -> B C H W"))
+        return x + self.proj(rearrange(h, "B H W C -> B C H W"))        # a second step, so that maps stay channels_last
 
 
 class CrossAttention(nn.Module):
@@ -270,7 +270,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
         q = rearrange(self.q(x), "B N (heads d) -> B heads N d", heads=self.heads)
-        k, v = rearrange(self.kv(text), "B L (K heads d) -> K B heads L d", K=2, heads=self.heads)
+        k, v = rearrange(self.kv(text), "B L (kv heads d) -> kv B heads L d", kv=2, heads=self.heads)
         x = attend(q, k, v, mask[:, None, None])
         return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
 
@@ -412,7 +412,7 @@ class ASCEND(nn.Module):
         self.dim, self.img_size = dim, img_size
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, E), LayerNorm(E)) if text_dim else None     # norm assumed
-        # its last layer also reads a vector of the text (assumed; the paper says so of IU-ViT)
+        # its last layer also reads a vector of the text (assumed, as in iuvit.py)
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(2 * E if text_dim else E, E))
 
         # encoder

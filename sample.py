@@ -207,7 +207,7 @@ def draw(net, config, wanted, ids, device, multiple=8):
     config: as `load` returns it. wanted: what each shows, by config["cond"]: (), classes (B,), or features [(L, d)].
     multiple: of how many tokens texts are padded to."""
     size, cond = config["info"]["size"], ()
-    null = len(config["info"]["classes"])                               # the null class, or the empty text's features
+    null = len(config["info"]["classes"])                               # the null class
     if config["cond"] == "class":
         cond = (wanted.to(device),)
     elif config["cond"] == "text":
@@ -709,7 +709,8 @@ def main():
     # Picture i has the same noise at every guidance scale
     blocks = [(scale, range(args.n)[first:first + args.batch])
               for scale in args.scales for first in range(0, args.n, args.batch)]
-    drawn, multiple = {}, 64 if args.compile else 8                     # it is compiled anew for each length of texts
+    multiple = 64 if args.compile else 8                                # of tokens: it is compiled anew for each length
+    drawn = {}
     with autocast(device, args.dtype), errors_in_a_line(args.batch):
         for scale, ids in tqdm(blocks[rank::world], disable=rank > 0, unit="block"):
             if folder and all(file_of(out, i).exists() for i in ids):

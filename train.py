@@ -395,7 +395,7 @@ def check(config):
 
 
 # ---- pieces of a run -----------------------------------------------------------------------------------
-# in the order in which main() calls them
+# in the order in which main() calls them; what another piece needs comes before it
 
 def choose_encoder(config, source, fresh):
     """Choose the encoder whose features are read: --encoder, or else the one that the run began with, even if there are
@@ -448,6 +448,19 @@ def check_compiling(device, dtype):
     if device.type == "cpu" and sample.pick_dtype(dtype, device) == "bfloat16":
         fail("compiled for a CPU in bfloat16, gradients are wrong (PyTorch 2.13: zero below an up-sampling): "
              "add --dtype float32, or leave out --compile")
+
+
+def claim(out):
+    """Make the run's folder if it is not there -> an open file. As long as it is open, and this process lives, no other
+    process can claim the folder: two trainings would overwrite each other's checkpoints."""
+    try:
+        Path(out, "samples").mkdir(parents=True, exist_ok=True)
+        f = open(Path(out, ".lock"), "a")
+    except OSError as e:
+        fail(f"cannot write to --out {out}: {e}")
+    if not data.lock(f):
+        fail(f"another training is writing to {out}: stop it, or choose another --out")
+    return f
 
 
 def move_aside(out):
@@ -520,19 +533,6 @@ def make_data(config, source):
     words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
     if config.encoder == "words" and not words.exists():            # find_encoder refuses any other that is absent
         data.encode_set(data.open_set(source, config.data_dir), data.Words())
-
-
-def claim(out):
-    """Make the run's folder if it is not there -> an open file. As long as it is open, and this process lives, no other
-    process can claim the folder: two trainings would overwrite each other's checkpoints."""
-    try:
-        Path(out, "samples").mkdir(parents=True, exist_ok=True)
-        f = open(Path(out, ".lock"), "a")
-    except OSError as e:
-        fail(f"cannot write to --out {out}: {e}")
-    if not data.lock(f):
-        fail(f"another training is writing to {out}: stop it, or choose another --out")
-    return f
 
 
 def grid_text(pictures, features, n):
@@ -679,26 +679,6 @@ def read_ahead(shares, config, start, device):
     return batches
 
 
-def learning_rate(config, step):
-    """The rate of a step: linear warm-up, constant, and linear decay to zero over the last `cooldown` of the run.
-
-    It depends on the run's length: if a larger --steps continues it, the rate goes back up to the longer run's."""
-    left = 1 - step / config.steps                                  # of the run, in (0, 1]
-    return config.lr * min(1, (step + 1) / max(1, config.warmup), left / config.cooldown if config.cooldown else 1)
-
-
-def draw_noise(config, size, step, device):
-    """What is random in a step, for this process's rows of the batch: times t (b,), noise eps (b, 3, S, S), and dropped
-    (b,), True where the null condition is learnt. All follow from (seed, step), and pictures from the seed and their
-    numbers in the run, so that a resumed run does the same."""
-    rank, world = data.processes()
-    g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
-    t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)
-    eps = torch.randn(config.batch, 3, size, size, generator=g, device=device)
-    dropped = torch.rand(config.batch, generator=g, device=device) < config.drop
-    return t[rank::world], eps[rank::world].contiguous(), dropped[rank::world]      # a copy frees the others' noise
-
-
 class Log:
     """The rows of log.csv. Losses are summed on the device, so that no step has to wait for them."""
 
@@ -741,6 +721,21 @@ class Log:
         return row
 
 
+def draw_progress(folder, size):
+    """progress.png: the first rows of at most twelve of the sample grids, early training at the top."""
+    files, strips = sorted(folder.glob("step_*.png")), []
+    for i in np.unique(np.linspace(0, len(files) - 1, 12).round().astype(int)):
+        try:
+            sheet = Image.open(files[i])
+            strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
+        except Exception:                               # damaged: the run is worth more than one of its strips
+            continue
+    sheet = Image.new("RGB", (max(s.width for s in strips), (size + 2) * len(strips)), "white")
+    for i, strip in enumerate(strips):
+        sheet.paste(strip, (0, i * (size + 2)))
+    data.write_file(folder / "progress.png", lambda f: sheet.save(f, "png"))
+
+
 def draw_grid(net, record, path, at_once, device):
     """Draw a grid of samples, always from the same noise and the same classes or captions, and progress.png from all
     grids so far. Each process draws its share, as many pictures at a time as it trains on."""
@@ -757,19 +752,23 @@ def draw_grid(net, record, path, at_once, device):
         draw_progress(path.parent, record["info"]["size"])
 
 
-def draw_progress(folder, size):
-    """progress.png: the first rows of at most twelve of the sample grids, early training at the top."""
-    files, strips = sorted(folder.glob("step_*.png")), []
-    for i in np.unique(np.linspace(0, len(files) - 1, 12).round().astype(int)):
-        try:
-            sheet = Image.open(files[i])
-            strips.append(sheet.crop((0, 0, sheet.width, size + 2)))
-        except Exception:                               # damaged: the run is worth more than one of its strips
-            continue
-    sheet = Image.new("RGB", (max(s.width for s in strips), (size + 2) * len(strips)), "white")
-    for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * (size + 2)))
-    data.write_file(folder / "progress.png", lambda f: sheet.save(f, "png"))
+def draw_noise(config, size, step, device):
+    """For this process's rows of the batch: times t (b,), noise eps (b, 3, S, S) and dropped (b,), True where the null
+    condition is learnt. They follow from seed, step and kind of device, so a resumed run draws the same."""
+    rank, world = data.processes()
+    g = torch.Generator(device).manual_seed(data.seed32(config.seed, step))
+    t = diffusion.draw_times(config.batch, config.time_shift, config.time_spread, g, device)
+    eps = torch.randn(config.batch, 3, size, size, generator=g, device=device)
+    dropped = torch.rand(config.batch, generator=g, device=device) < config.drop
+    return t[rank::world], eps[rank::world].contiguous(), dropped[rank::world]      # a copy frees the others' noise
+
+
+def learning_rate(config, step):
+    """The rate of a step: linear warm-up, constant, and linear decay to zero over the last `cooldown` of the run.
+
+    It depends on the run's length: if a larger --steps continues it, the rate goes back up to the longer run's."""
+    left = 1 - step / config.steps                                  # of the run, in (0, 1]
+    return config.lr * min(1, (step + 1) / max(1, config.warmup), left / config.cooldown if config.cooldown else 1)
 
 
 # ---- the run -----------------------------------------------------------------------------------------
@@ -832,7 +831,7 @@ def main():
         text = grid_text(pictures, features, config.samples)
         if features.n < len(pictures):
             info["captioned"] = features.n                          # only these are learnt, in an order of their own
-    record = dict(dataclasses.asdict(config), info=info)            # what checkpoints and config.json keep
+    record = dict(dataclasses.asdict(config), info=info)            # the `config` of checkpoints, and of sample.py
 
     # the running average of the weights, optimiser, and the run so far
     net = net.to(device, memory_format=torch.channels_last)                         # fastest for convolutions
@@ -867,11 +866,11 @@ def main():
     null = text["null"].to(device) if text else len(info["classes"])
     stops = listen_for_stops()                                      # if one comes: finish the step, save, leave
     again = "the same command" + (" without --fresh" if "--fresh" in sys.argv else "")
-    rows = range(rank, config.batch, world)                         # this process's share of every global batch
-    micro = len(rows) // config.accum
+    mine = range(rank, config.batch, world)                         # this process's rows of every global batch
+    micro = len(mine) // config.accum
     # to this loader, a sample is this process's share of batch number `step`, so it can begin at any step
     multiple = 64 if compiled else 8                                # of tokens: it is compiled anew for each length
-    shares = data.Batches(pictures, config.batch, rows, config.seed, info["flip"], features, multiple)
+    shares = data.Batches(pictures, config.batch, mine, config.seed, info["flip"], features, multiple)
     batches = read_ahead(shares, config, start, device)
 
     log = Log(out / "log.csv", device, seconds)
@@ -917,15 +916,14 @@ def main():
         with log.paused():
             if step > saved and (due(config.save_every) or keep or show or leaving):
                 if rank == 0:
-                    # what a resumed run cannot work out (the rest follows from config, seed and step), and what
-                    # sample.py needs: ema, text and config
+                    # what a resumed run cannot work out: the rest follows from config and step. (text is for sample.py)
                     ckpt = dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), text=text,
                                 step=step, skipped=int(skipped), seconds=log.seconds(), config=record)
                     for name in [f"ckpt_{step:07d}.pt", "ckpt.pt"] if keep else ["ckpt.pt"]:
                         data.write_file(out / name, lambda f: torch.save(ckpt, f))
                 saved = step
             sheet = out / f"samples/step_{step:07d}.png"
-            drawn = step == start and sheet.exists()                # by a run that stopped, or was killed, after that
+            drawn = step == start and sheet.exists()                # before the run was resumed here
             if show and not (drawn or leaving):                     # drawing may take minutes
                 with precision:
                     draw_grid(ema, dict(record, text=text), sheet, micro, device)

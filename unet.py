@@ -9,6 +9,7 @@ arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
 
 Time (and class, as in ADM) enters every ResBlock as a scale and a shift of its second group norm. How text enters is
 assumed: its mean in the same way, its tokens by cross-attention after each Attn.
+A name that two backbone files share is the same code in both, so that each file can be read, and copied, alone.
 Shape letters: B batch, C channels, H and W height and width, E width of the embedding (4 * dim), L tokens of a text,
 N positions of a map, d channels of a head.
 Needs only torch and einops. MIT licence, (c) 2026 the maintainers.
@@ -119,9 +120,9 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
     (B, heads, N, M)): which of the M keys are read.
 
-    By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there, forward and backward, the formula takes
-    half the time of the kernel with 257 tokens, and an eighth with 66. (With 1,025 the kernel is faster, and without
-    gradients no slower.)"""
+    By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there the formula, with its gradients, takes half
+    the kernel's time for 257 tokens, and an eighth for 66. (The kernel is faster for 1,025, and as fast where no
+    gradients are needed.)"""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -143,7 +144,7 @@ class SpatialAttention(nn.Module):
         qkv = rearrange(self.qkv(self.norm(x)), "B C H W -> B (H W) C").chunk(3, dim=-1)
         q, k, v = (rearrange(part, "B N (heads d) -> B heads N d", d=self.head_dim) for part in qkv)
         h = rearrange(attend(q, k, v), "B heads (H W) d -> B H W (heads d)", H=x.shape[2])
-        return x + self.proj(rearrange(h, "B H W C -> B C H W"))
+        return x + self.proj(rearrange(h, "B H W C -> B C H W"))        # a second step, so that maps stay channels_last
 
 
 class CrossAttention(nn.Module):
@@ -159,7 +160,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, text, mask):                                   # x (B, N, D), text (B, L, T), mask (B, L)
         q = rearrange(self.q(x), "B N (heads d) -> B heads N d", heads=self.heads)
-        k, v = rearrange(self.kv(text), "B L (K heads d) -> K B heads L d", K=2, heads=self.heads)
+        k, v = rearrange(self.kv(text), "B L (kv heads d) -> kv B heads L d", kv=2, heads=self.heads)
         x = attend(q, k, v, mask[:, None, None])
         return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
 
@@ -256,7 +257,7 @@ class UNet(nn.Module):
         # embeddings
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, E), LayerNorm(E)) if text_dim else None     # norm assumed
-        # its last layer also reads a vector of the text (assumed; the paper says so of IU-ViT)
+        # its last layer also reads a vector of the text (assumed, as in iuvit.py)
         self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(2 * E if text_dim else E, E))
 
         # encoder

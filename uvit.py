@@ -40,9 +40,9 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q (B, heads, N, d), k and v (B, heads, M, d). mask (bool, broadcast to
     (B, heads, N, M)): which of the M keys are read.
 
-    By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there, forward and backward, the formula takes
-    half the time of the kernel with 257 tokens, and an eighth with 66. (With 1,025 the kernel is faster, and without
-    gradients no slower.)"""
+    By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there the formula, with its gradients, takes half
+    the kernel's time for 257 tokens, and an eighth for 66. (The kernel is faster for 1,025, and as fast where no
+    gradients are needed.)"""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, readable):                                     # x (B, N, D), readable None or (B, 1, 1, N)
-        q, k, v = rearrange(self.qkv(x), "B N (K heads d) -> K B heads N d", K=3, heads=self.heads)
+        q, k, v = rearrange(self.qkv(x), "B N (qkv heads d) -> qkv B heads N d", qkv=3, heads=self.heads)
         x = attend(q, k, v, readable)
         return self.proj(rearrange(x, "B heads N d -> B N (heads d)"))
 
@@ -178,7 +178,7 @@ class UViT(nn.Module):
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             pad = self.text_len - y.shape[1]                                # F.pad cuts if it is negative
             tokens.append(self.text_embed(F.pad(y, (0, 0, 0, pad))))        # (B, text_len, D)
-            mask = F.pad(mask, (0, pad))                                    # (B, text_len); U-ViT reads padding
+            mask = F.pad(mask, (0, pad))                                    # (B, text_len); published: padding is read
             readable = F.pad(mask, (1, x.shape[1]), value=True)[:, None, None]  # plus time, patches: (B, 1, 1, N)
         x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
 
