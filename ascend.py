@@ -67,12 +67,12 @@ def relative_index(w):
 
 def shift_mask(size, w, shift):
     """(number of windows, w*w, w*w) float: 0 where two positions of a shifted window come from one connected part of
-    the map, -inf where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
+    the map, -60,000 where the cyclic shift has brought them together from opposite sides (Swin, Fig. 4)."""
     # Along one axis, rolling by -shift brings the start of the map to its end: only the last window holds both.
     wrapped = torch.arange(size) >= size - shift
     part = rearrange(2 * wrapped[:, None] + wrapped, "(a i) (b j) -> (a b) (i j)", i=w, j=w)
     same = part[:, :, None] == part[:, None, :]
-    return torch.zeros(same.shape).masked_fill(~same, -math.inf)
+    return torch.zeros(same.shape).masked_fill(~same, -6e4)             # -inf would be NaN once buffers are averaged
 
 
 def attend(q, k, v, mask=None):
@@ -89,8 +89,8 @@ def attend(q, k, v, mask=None):
 
 def attend_biased(q, k, v, bias):
     """attend, with a bias (heads, N, M) added to the scores. On a CPU a bias with gradients has no fused kernel, and in
-    bfloat16 the formula is faster; any other bias has one, if it has four dimensions: bias[None]."""
-    if bias.is_cpu and (bias.requires_grad or q.dtype == torch.bfloat16):
+    bfloat16 the formula is faster; without gradients it has one, if it has four dimensions: bias[None]."""
+    if bias.is_cpu and (torch.is_grad_enabled() or q.dtype == torch.bfloat16):
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1) + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
 
@@ -364,8 +364,8 @@ class ASCEND(nn.Module):
     available to us. Also assumed: window, first convolution at full size, convolutional middle, skip after every layer.
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
-    not divide into windows. (Not to be built on the meta device and filled by to_empty and load_state_dict: a
-    state_dict has no copy of the tables of its windows.)"""
+    not divide into windows. (The tables of its windows are buffers that are in no state_dict: do not build it
+    on the meta device to fill it by load_state_dict, and average its parameters only.)"""
 
     def __init__(self,
                  img_size=32,               # pixels per side
@@ -450,7 +450,7 @@ class ASCEND(nn.Module):
         """x (B, channels, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, channels, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
-        at padding tokens, which may hold any finite numbers; without a mask there is no padding. Every text
+        at padding tokens, which may hold any numbers of usual size; without a mask there is no padding. Every text
         needs a real token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"

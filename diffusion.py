@@ -92,19 +92,24 @@ def draw_times(n, shift=1.0, spread=1.0, generator=None, device=None):
     return torch.sigmoid(math.log(shift) + spread * torch.logit(u))     # spread and shift act on log-odds
 
 
+def per_picture(values, x):
+    """values (B,) -> (B, 1, 1, 1), or as many dimensions as x has: a factor for each picture."""
+    return values.view(-1, *[1] * (x.dim() - 1))
+
+
 def loss(net, x0, t, eps, schedule, prediction="eps", cond=()):
     """Mean squared error of each image, (B,): the simple, unweighted loss of Eq. 4.
 
-    x0, eps (B, C, H, W), t (B,), cond: a tuple of tensors of B rows. prediction 'v' is Salimans & Ho's target
-    (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma). Unlike eps it also asks for x_0 where
-    x_t is all noise: for one guess of x_0 its loss is that of eps divided by alpha^2, so high noise, where the layout
-    is decided, weighs more."""
+    x0, eps (B, C, H, W) or any other (B, ..), t (B,), cond: a tuple of tensors of B rows. prediction 'v' is Salimans &
+    Ho's target (arXiv 2202.00512), the velocity of x_t along the circle (alpha, sigma). Unlike eps it also asks for x_0
+    where x_t is all noise: for one guess of x_0 its loss is that of eps divided by alpha^2, so high noise, where the
+    layout is decided, weighs more."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     assert not torch.is_tensor(cond), "cond is a tuple of tensors: (y,) for classes"
-    alpha, sigma = (f(t)[:, None, None, None] for f in (schedule.alpha, schedule.sigma))
+    alpha, sigma = (per_picture(f(t), x0) for f in (schedule.alpha, schedule.sigma))
     target = eps if prediction == "eps" else alpha * eps - sigma * x0
     out = net(alpha * x0 + sigma * eps, t, *cond)
-    return (out.float() - target).square().mean(dim=(1, 2, 3))
+    return (out.float() - target).square().flatten(1).mean(dim=1)
 
 
 # ---- from a network to a denoiser ---------------------------------------------------------------------
@@ -117,7 +122,7 @@ def clip_x0(x0, how):
         return x0
     if how == "static":
         return x0.clamp(-1, 1)
-    s = torch.quantile(x0.abs().flatten(1), 0.995, dim=1).clamp(min=1)[:, None, None, None]
+    s = per_picture(torch.quantile(x0.abs().flatten(1), 0.995, dim=1).clamp(min=1), x0)
     return x0.clamp(-s, s) / s
 
 
@@ -132,8 +137,9 @@ def denoiser(net, schedule, prediction="eps", cond=(), null=(), scale=1.0, clip=
     autoencoder's latents. Without clipping, use em for eps on the cosine schedule: the first step of ddim and dpm
     multiplies an error of eps by hundreds, because x0 is divided by alpha, 4.7e-5 at t_max (em multiplies by it again).
     cond_fn(x, t) -> grad_x log p(c | x_t), t a float as for denoise: a classifier's or CLIP's gradient, run with
-    gradients enabled. cond_scale * sigma^2 / alpha * gradient is added to x0, which adds cond_scale * gradient to the
-    score (as far as the clipping after it lets it). For notebooks: no command here has such a classifier."""
+    gradients enabled (not within torch.inference_mode, which forbids them). cond_scale * sigma^2 / alpha * gradient is
+    added to x0, which adds cond_scale * gradient to the score (as far as the clipping after it lets it). For notebooks:
+    no command here has such a classifier."""
     assert prediction in ("eps", "v"), f"prediction is 'eps' or 'v', not {prediction!r}"
     assert not torch.is_tensor(cond), "cond is a tuple of tensors: (y,) for classes"
     guided = len(cond) > 0 and scale != 1

@@ -263,14 +263,14 @@ class IUViT(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
-        at padding tokens, which may hold any finite numbers; without a mask there is no padding. Every text
+        at padding tokens, which may hold any numbers of usual size; without a mask there is no padding. Every text
         needs a real token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         size = self.grid * self.patch_size
         assert x.shape[2:] == (size, size), f"pictures have {tuple(x.shape[2:])} pixels, and img_size is {size}"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
-        time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
+        time = timestep_embedding(t, self.dim).to(self.pos_embed.dtype)     # (B, D)
         first, act, last = self.time_embed
         time, text = act(first(time)), ()                                   # (B, D)
         if self.text_embed is not None:

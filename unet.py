@@ -296,7 +296,7 @@ class UNet(nn.Module):
         sizes than img_size work if they halve evenly; attention stays at the same levels.
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
-        at padding tokens, which may hold any finite numbers; without a mask there is no padding. Every text
+        at padding tokens, which may hold any numbers of usual size; without a mask there is no padding. Every text
         needs a real token: if it has none, a GPU's bfloat16 kernel reads the padding."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"

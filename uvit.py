@@ -163,14 +163,14 @@ class UViT(nn.Module):
         """x (B, C, H, W) float32 noisy image, t (B,) float32 in [0, 1] -> (B, C, H, W).
 
         y: None, (B,) int64 class, or (B, L, text_dim) float32 features of a text. mask (B, L) bool is False
-        at padding tokens, which may hold any finite numbers; without a mask there is no padding. Only the
+        at padding tokens, which may hold any numbers of usual size; without a mask there is no padding. Only the
         first text_len tokens are read: a longer text loses its end, and its end token."""
         assert (y is None) == (self.class_embed is None and self.text_embed is None), \
             "y is given if and only if the model has a condition"
         size = self.grid * self.patch_size
         assert x.shape[2:] == (size, size), f"pictures have {tuple(x.shape[2:])} pixels, and img_size is {size}"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
-        time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, D)
+        time = timestep_embedding(t, self.dim).to(self.pos_embed.dtype)     # (B, D)
         tokens = [] if self.class_embed is None else [self.class_embed(y)[:, None]]             # (B, 1, D)
         tokens.append(time[:, None])                                        # (B, 1, D)
         readable = None                                                     # None: all tokens are

@@ -124,6 +124,16 @@ def test_loss_of_each_image_is_its_squared_distance_from_the_target(schedule, pr
     torch.testing.assert_close(losses, torch.tensor([0.0, 1.0, 4.0, 9.0]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2,), (3, 20), (3, 5, 8, 8)], ids=["points", "sounds", "videos"])
+def test_what_is_no_picture_is_learnt_and_clipped_as_one_with_as_many_numbers(shape):
+    (x0, eps), t = torch.randn(2, 4, *shape), torch.tensor([0.01, 0.3, 0.6, 0.9])
+    pictures = [x.reshape(4, 1, 1, -1) for x in (x0, eps)]
+    losses = [diffusion.loss(lambda x, t: x, a, t, b, SCHEDULES["cosine"], "v") for a, b in ((x0, eps), pictures)]
+    torch.testing.assert_close(*losses)
+    clipped = diffusion.clip_x0(3 * x0, "dynamic")
+    assert torch.equal(clipped, diffusion.clip_x0(3 * pictures[0], "dynamic").reshape(4, *shape))
+
+
 def uniform_again(t, shift, spread):
     """The u of which the documented map, t / (1 - t) = shift (u / (1 - u))^spread, made t."""
     odds = (t.double() / (1 - t.double()) / shift)**(1 / spread)

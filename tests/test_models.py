@@ -277,6 +277,25 @@ def test_every_parameter_gets_a_gradient_whatever_is_chosen(model, choice):
 # ---- what the output depends on ----------------------------------------------------------------------
 
 @each_model
+def test_torch_func_has_the_same_gradient_with_respect_to_the_picture(model):
+    """By which people guide samples with functions of their own."""
+    net, (x, t) = awake(model), inputs(2)
+    want, = torch.autograd.grad(net(x.requires_grad_(), t).square().sum(), x)
+    assert difference(torch.func.grad(lambda x: net(x, t).square().sum())(x.detach()), want) < 1e-4
+
+
+@each_model
+def test_an_average_that_includes_the_buffers_is_the_same_network(model):
+    """Some libraries average them as well: -inf in one would become NaN."""
+    net, (x, t) = awake(model), inputs(2)
+    average = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(net)
+    with torch.no_grad():
+        assert difference(average(x, t), net(x, t)) < 1e-5
+
+
+@each_model
 @each_condition
 def test_nothing_leaks_across_the_batch(model, condition):
     net, batch = awake(model, **condition), inputs(**condition)
