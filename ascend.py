@@ -1,4 +1,4 @@
-"""ASCEND, the paper's ASymmetriC ENcoder Decoder (arXiv 2212.13771, Sec. 5): hierarchical like a U-Net, with an
+"""ASCEND, the paper's ASymmetriC ENcoder Decoder (arXiv 2212.13771): hierarchical like a U-Net, with an
 encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder of ADM's convolutional blocks.
 
     x (3, 32, 32) -> conv -> [Swin Swin down] -> [Swin+Attn Swin+Attn down] -> ... -> Res, Attn, Res     encoder, middle
@@ -13,9 +13,9 @@ Time (and class, and the mean of a text) enters as scale and shift of both norms
 norm of every ResBlock. The tokens of a text are read by cross-attention after each Attn. (All assumed, but time and
 class in a ResBlock are ADM's.)
 Compared with unet.py, Swin blocks replace the encoder's ResBlocks, convolutions change the resolution, and by default
-there is global attention at 8 pixels too. Four arguments span the paper's ablation and more, in any combination:
+there is global attention at 8 pixels too. Four arguments span what is known of the paper's ablation, and more:
 
-    encoder, decoder   "swin" or "conv", each
+    encoder, decoder   "swin" or "conv", each (that "conv" is the paper's "residual" encoder is assumed)
     resample           "conv", or "merge": Swin's patch merging and expanding
     skips              False cuts all of them (assumed: it is not known which connections the paper cut)
 
@@ -193,7 +193,7 @@ class SwinLayer(Timed):
 
 
 class SwinBlock(Timed):
-    """Two Swin layers, the second with shifted windows (paper, Sec. 5; the order is Swin's), unless one window covers
+    """Two Swin layers, the second with shifted windows (as in the paper; the order is Swin's), unless one window covers
     the whole map. If the width changes, a 1x1 convolution comes first."""
 
     def __init__(self, in_channels, out_channels, head_dim, size, window, emb_dim, dropout):
@@ -361,7 +361,8 @@ class Layer(nn.Sequential):
 class ASCEND(nn.Module):
     """ASCEND. Defaults: a CIFAR-10 model the size of the paper's others (48,038,075 parameters). Widths, depth,
     places of global attention and dropout are assumed, because the values in the paper's table of settings are not
-    available to us. Also assumed: window, first convolution at full size, convolutional middle, skip after every layer.
+    available to us. Also assumed: window, first convolution at full size, convolutional middle, what a layer is that
+    gives a skip (a block, or a change of resolution).
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
     not divide into windows. (The tables of its windows are buffers that are in no state_dict: do not build it

@@ -1,4 +1,4 @@
-"""IU-ViT, the paper's improved U-ViT (arXiv 2212.13771, Sec. 4): a plain Vision Transformer with long skips.
+"""IU-ViT, the paper's improved U-ViT (arXiv 2212.13771): a plain Vision Transformer with long skips.
 `diff uvit.py iuvit.py` lists the improvements. They are the paper's, except for details marked (assumed):
 
     1  a rearrange-first head                       head="linear" undoes it

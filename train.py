@@ -67,7 +67,7 @@ class Config:
     time_shift: float = 1.0         # 1: t uniform (the paper); above 1: more high noise
     time_spread: float = 1.0        # below 1: t gathered around its median, time_shift / (1 + time_shift)
     clock: str = "plain"            # how the network counts time: plain, uvit, adm; see sample.CLOCKS
-    drop: float = 0.1               # how often the null condition replaces the real one, for guidance
+    drop: float = 0.1               # how often the null condition replaces the real one, for guidance (assumed)
     # optimisation: AdamW; warm-up, then a constant rate, then a cool-down if there is one
     steps: int = 500_000
     batch: int = 128                # global: each process takes batch / (processes * accum) at a time
@@ -186,7 +186,7 @@ PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
 CIFAR10 = dict(beta2=0.999, warmup=2500)                                                # U-ViT's on CIFAR-10
 WORKERS = dict(workers=8)                                                               # to decode pictures in parallel
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
-TEXT = dict(WORKERS, cond="text", cfg=3.0, clip="dynamic", sampler="ddim", sample_steps=250)    # DDIM: the paper's
+TEXT = dict(WORKERS, cond="text", sampler="ddim", cfg=3.0, clip="dynamic")              # cfg and clip assumed
 ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
 DDIM64 = dict(dim=128, dim_mults=[1, 2, 2, 2, 4], num_blocks=2, attn_sizes=[16], resample="conv")
 DDPM256 = dict(DDIM64, dim_mults=[1, 1, 2, 2, 4, 4], dropout=0.0)
@@ -215,7 +215,8 @@ PAPER_RUNS = [
     ("uvit-imagenet64",       300_000, 1024, 3e-4, vit(4, 768, 17, 12),              CLASS),    # U-ViT-M; 5.85
     ("uvit-imagenet64-large", 300_000, 1024, 3e-4, vit(4, 1024, 21, 16),             CLASS),    # U-ViT-L; 4.26
 
-    # from here to the end the batch is assumed, and so is the rate where it is 2e-4
+    # from here to the end the batch is assumed, and so is the rate where it is 2e-4. IU-ViT's networks are derived from
+    # the paper's numbers of parameters; its 150,000 steps were no finished run, and are assumed for -wide and -p8
     ("iuvit-cifar10",         500_000,  128, 2e-4, {},                             CIFAR10),    # 45M; 2.56
     ("iuvit-celeba64",        500_000,  128, 2e-4, vit(4, 512, 13, 8),                  {}),    # 45M
     ("iuvit-church128",       450_000,  256, 2e-4, vit(8, 1408, 17, 22),                {}),    # 442M; the set assumed
@@ -223,8 +224,10 @@ PAPER_RUNS = [
     ("iuvit-church256-wide",  150_000,  256, 2e-4, vit(16, 2048, 17, 32),               {}),    # 935M
     ("iuvit-church256-p8",    150_000,  256, 2e-4, vit(8, 1536, 17, 24),                {}),    # 527M, 1024 tokens
     ("iuvit-cc12m64",         150_000,  256, 1e-4, vit(4, 1024, 17, 16, text_dim=1024), TEXT),  # 307M
+    ("iuvit-laion128",        150_000,  256, 1e-4, vit(8, 1408, 17, 22, text_dim=1024), TEXT),  # assumed
 
-    # for ASCEND the steps and networks are assumed as well: the values of the paper's table are not available to us
+    # for ASCEND the steps and networks are assumed as well, since the values of the paper's table are not available to
+    # us, and that birds have no condition
     ("ascend-cifar10",        500_000,  128, 2e-4, {},                             CIFAR10),    # 2.98
     ("ascend-celeba64",       500_000,  128, 2e-4, {},                                  {}),
     ("ascend-cub64",          200_000,  128, 2e-4, {},                                  {}),

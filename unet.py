@@ -1,4 +1,4 @@
-"""U-Net, the convolutional baseline of the paper (arXiv 2212.13771, Sec. 3): DDPM's layout (Ho et al.,
+"""U-Net, the convolutional baseline of the paper (arXiv 2212.13771): DDPM's layout (Ho et al.,
 arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
 
     x (3, 32, 32) -> conv -> [Res Res down] -> [Res+Attn Res+Attn down] -> ... -> Res, Attn, Res       encoder, middle

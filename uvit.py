@@ -1,5 +1,5 @@
 """U-ViT, a plain Vision Transformer with a U-Net's long skips (Bao et al., arXiv 2209.12152), as published (but padding
-of texts is masked). It is the starting point of the paper's IU-ViT (arXiv 2212.13771, Sec. 4): `diff uvit.py iuvit.py`.
+of texts is masked). It is the starting point of the paper's IU-ViT (arXiv 2212.13771): `diff uvit.py iuvit.py`.
 sample.py reads the weights that U-ViT's authors published, except those for latents; their networks read 999 t where
 ours read 1000 t.
 

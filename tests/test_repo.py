@@ -138,7 +138,7 @@ PARAMETERS = {
     "uvit-imagenet64-large": 286_828_676,       # published 286,827,652, plus 1,024
     "iuvit-cifar10": 45_150_595, "iuvit-celeba64": 45_166_435, "iuvit-church128": 442_337_877,
     "iuvit-church256": 527_081_637, "iuvit-church256-wide": 935_559_387, "iuvit-church256-p8": 527_377_035,
-    "iuvit-cc12m64": 307_715_779,
+    "iuvit-cc12m64": 307_715_779, "iuvit-laion128": 580_645_717,
     "ascend-cifar10": 48_038_075, "ascend-celeba64": 48_040_891, "ascend-cub64": 48_040_891, "ascend-cub128": 60_981_451,
     "ascend-bedroom256": 144_914_547, "ascend-celebahq256": 144_914_547, "ascend-laion128": 593_476_755,
 }
