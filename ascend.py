@@ -1,5 +1,5 @@
-"""ASCEND, the paper's ASymmetriC ENcoder Decoder (arXiv 2212.13771): hierarchical like a U-Net, with an
-encoder of Swin Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder of ADM's convolutional blocks.
+"""ASCEND, the paper's ASymmetriC ENcoder Decoder (arXiv 2212.13771): hierarchical like a U-Net, with an encoder of Swin
+Transformer blocks (Liu et al., arXiv 2103.14030) and a decoder of ADM's convolutional blocks.
 
     x (3, 32, 32) -> conv -> [Swin Swin down] -> [Swin+Attn Swin+Attn down] -> ... -> Res, Attn, Res     encoder, middle
                        |          |   |   |           |          |       |                 |
@@ -80,8 +80,8 @@ def attend(q, k, v, mask=None):
     (B, heads, N, M)): which of the M keys are read.
 
     By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there the formula, with its gradients, takes half
-    the kernel's time for 257 tokens, and an eighth for 66. (The kernel is faster for 1,025, and as fast where no
-    gradients are needed.)"""
+    the kernel's time for 257 tokens, and an eighth for 66. (For 1,025, and where no gradients are needed, the kernel is
+    no slower.)"""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -365,8 +365,8 @@ class ASCEND(nn.Module):
     gives a skip (a block, or a change of resolution).
 
     Predicts eps (or v) from a noisy image. Raises AssertionError if the image does not halve evenly, or a map does
-    not divide into windows. (The tables of its windows are buffers that are in no state_dict: do not build it
-    on the meta device to fill it by load_state_dict, and average its parameters only.)"""
+    not divide into windows. (The tables of its windows are buffers that are in no state_dict: do not build it on
+    the meta device to fill it by load_state_dict, and average its parameters only.)"""
 
     def __init__(self,
                  img_size=32,               # pixels per side

@@ -186,7 +186,7 @@ PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
 CIFAR10 = dict(beta2=0.999, warmup=2500)                                                # U-ViT's on CIFAR-10
 WORKERS = dict(workers=8)                                                               # to decode pictures in parallel
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
-TEXT = dict(WORKERS, cond="text", sampler="ddim", cfg=3.0, clip="dynamic")              # cfg and clip assumed
+TEXT = dict(WORKERS, cond="text", sampler="ddim", cfg=3.0, clip="dynamic")              # the paper's DDIM; else assumed
 ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
 DDIM64 = dict(dim=128, dim_mults=[1, 2, 2, 2, 4], num_blocks=2, attn_sizes=[16], resample="conv")
 DDPM256 = dict(DDIM64, dim_mults=[1, 1, 2, 2, 4, 4], dropout=0.0)

@@ -1,5 +1,5 @@
-"""U-Net, the convolutional baseline of the paper (arXiv 2212.13771): DDPM's layout (Ho et al.,
-arXiv 2006.11239) built of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
+"""U-Net, the convolutional baseline of the paper (arXiv 2212.13771): DDPM's layout (Ho et al., arXiv 2006.11239) built
+of ADM's blocks (Dhariwal & Nichol, arXiv 2105.05233).
 
     x (3, 32, 32) -> conv -> [Res Res down] -> [Res+Attn Res+Attn down] -> ... -> Res, Attn, Res       encoder, middle
                        |          |   |   |          |        |       |                  |
@@ -121,8 +121,8 @@ def attend(q, k, v, mask=None):
     (B, heads, N, M)): which of the M keys are read.
 
     By PyTorch's kernels, except on a CPU in bfloat16 without a mask: there the formula, with its gradients, takes half
-    the kernel's time for 257 tokens, and an eighth for 66. (The kernel is faster for 1,025, and as fast where no
-    gradients are needed.)"""
+    the kernel's time for 257 tokens, and an eighth for 66. (For 1,025, and where no gradients are needed, the kernel is
+    no slower.)"""
     if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
         return ((q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
