@@ -104,10 +104,12 @@ def run(main):
         except (UserError, OSError) as e:
             first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0"
             if first or isinstance(e, (OSError, LocalError)):
-                text = str(e).strip().splitlines()[-1:] if "Traceback" in str(e) else str(e).split()    # a worker's
+                lines = str(e).strip().splitlines()
+                if "Traceback" in str(e):               # a loader worker's: its last line says what is wrong
+                    lines = lines[-1:]
                 for bar in list(getattr(tqdm, "_instances", ())):       # open bars would be drawn once more, below
                     bar.close()
-                print("error: " + " ".join(text), file=err)
+                print("error:", *map(str.strip, lines), file=err)
             sys.exit(2)
 
 
@@ -562,14 +564,17 @@ class Folder(Files):
 
         def walk(folder, prefix, above):
             real = os.path.realpath(folder)
-            for entry in os.scandir(folder) if real not in above else ():       # circular links
+            if real in above:                           # a circular link
+                return
+            for entry in os.scandir(folder):
                 if HIDDEN.match(entry.name):
                     continue
                 if os.path.isdir(entry.path):
                     if not os.path.exists(os.path.join(entry.path, ".lock")):   # a set or a run of ours
                         walk(entry.path, f"{prefix}{entry.name}/", {*above, real})
-                elif (file := os.path.isfile(entry.path)) or entry.is_symlink():        # not a pipe: opening it would
-                    sizes[prefix + entry.name] = os.path.getsize(entry.path) if file else -1    # wait for a writer
+                # a pipe is passed over: opening it would wait for a writer
+                elif (file := os.path.isfile(entry.path)) or entry.is_symlink():
+                    sizes[prefix + entry.name] = os.path.getsize(entry.path) if file else -1
 
         try:
             walk(src, "", {str(folder) for folder in Path(src).resolve().parents})
@@ -656,9 +661,9 @@ def tar_pictures(path):
                 if member.isfile() and stem and member.offset_data + member.size <= end:
                     sample = samples.setdefault((folder, stem), {})
                     sample["." + kind.lower()] = member.offset_data, member.size
-            with open(path, "rb") as f:                 # a proper end is all zeros; tarfile also stops, silently, at
-                f.seek(tar.offset)                      # a broken header
-                if any(f.read(2 ** 16)):
+            with open(path, "rb") as f:
+                f.seek(tar.offset)                      # where tarfile stopped: at a broken header, too, silently
+                if any(f.read(2 ** 16)):                # a proper end is all zeros
                     trouble = f"damaged at byte {tar.offset:,}, beyond which nothing is read"
     except Exception as e:                              # a damaged header can raise anything; what was read is good
         trouble = str(e) or type(e).__name__
@@ -903,7 +908,8 @@ def read_metadata(place, table):
             encoding = encoding_of(raw.read(2))
         with place.open(table) as raw, io.TextIOWrapper(raw, encoding, newline="") as f:
             by_line = table.endswith(".jsonl")
-            for row in map(json.loads, filter(str.strip, f)) if by_line else csv.DictReader(f, strict=True):
+            rows = map(json.loads, filter(str.strip, f)) if by_line else csv.DictReader(f, strict=True)
+            for row in rows:
                 if any(map(str.strip, row.get(None, []))):      # cells beyond the columns
                     raise ValueError("a row of more cells than columns (texts that hold commas need quotes)")
                 text = next((row[name] for name in ("text", "caption", "prompt") if row.get(name) is not None), None)
@@ -922,7 +928,9 @@ def folder_captions(place, names):
     """captions(name), or None. From metadata.jsonl files, else metadata.csv files, else a .txt beside each picture."""
     files, found = set(place.names), {}                 # found: of a picture its captions, or the file that holds them
     for kind in ("jsonl", "csv"):
-        for table in place.find(rf"metadata\.{kind}") if not found else []:
+        if found:
+            break
+        for table in place.find(rf"metadata\.{kind}"):
             rows = read_metadata(place, table)
             if absent := sorted(rows.keys() - files):
                 raise UserError(f"{table} names {len(absent):,} files that are not in {place.src}: "
@@ -1154,6 +1162,7 @@ BUILT_IN = {
 }
 OWN = dict(size=None, flip=None, source=folder_source, crop="square",           # the row of any other name
            src="a folder of pictures, a .zip, .tar shards or an lmdb")
+SCORED = [name for name, row in BUILT_IN.items() if row["source"] in (shapes_source, captions_source)]
 NO_SOURCE = [name for name, row in BUILT_IN.items() if row["source"] in (shapes_source, captions_source, emoji_source)]
 
 
@@ -1163,7 +1172,7 @@ def set_folder(name, data_dir):
     return os.path.join(data_dir, name)
 
 
-def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=bool)):
+def read_meta(folder, kinds=dict(name=str, size=int, n=int, classes=list, flip=bool, captions=bool)):
     """meta.json of a complete set, or of something else with other keys; None if there is none."""
     try:
         meta = json.loads(Path(folder, "meta.json").read_bytes())
@@ -1358,7 +1367,7 @@ class Pictures:
     if its files are damaged."""
 
     def __init__(self, folder):
-        meta, captions = read_meta(folder), Path(folder, "captions.jsonl")
+        meta = read_meta(folder)
         self.folder, self.images, self.place, self.labels, self.captions = folder, None, None, None, None
         with or_damaged(folder, f"{removal(folder)}, and prepare it again"):
             self.name, self.size, self.n = meta["name"], meta["size"], meta["n"]
@@ -1366,15 +1375,15 @@ class Pictures:
             self.fingerprint = digest(str(meta.get(key)) for key in ("n", "size", "classes", "crop", "sha256"))[:16]
             if "place" in meta:
                 self.place, self.crop = open_place(folder, meta), meta["crop"]
-                if meta.get("captions"):
+                if meta["captions"]:
                     place = self.place                  # not self: a reference cycle would keep it alive
                     self.captions = Rows(self.n, lambda i: place.captions(place.names[i]))
             else:
                 self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")
                 if (self.images.dtype, self.images.shape[1:]) != (np.uint8, (3, self.size, self.size)):
                     raise ValueError(f"its images are {self.images.dtype} {self.images.shape}")
-                if meta.get("captions", captions.exists()):
-                    self.captions = read_lines(captions)
+                if meta["captions"]:
+                    self.captions = read_lines(Path(folder, "captions.jsonl"))
             if self.classes:
                 y = self.labels = np.load(os.path.join(folder, "labels.npy"))
                 if (y.dtype, y.ndim) != (np.int64, 1) or not 0 <= y.min() <= y.max() < len(self.classes):
@@ -1685,7 +1694,7 @@ def find_encoder(name, data_dir, asked):
     meta = read_meta(folder)
     if not meta and name not in NO_SOURCE:
         raise not_there(name, data_dir)
-    if meta and not meta.get("captions", True):
+    if meta and not meta["captions"]:
         raise UserError(f"{name} has no captions: prepare it with some, or leave --cond text out")
     files = sorted(Path(folder, "text").glob("*/meta.json"))
     there = {file.parent.name: read_meta(file.parent, FEATURES) for file in files}
@@ -1899,7 +1908,8 @@ def read_scene(image):
         others = np.any(found, axis=0) & ~piece
         alpha[others | neighbours(others).any(0)] = 0
         shape, x, y, box = fit_shape(alpha, SCENE_FIT)
-        seen.append(Seen("large" if box > LARGE else "small", [*PALETTE, None][colour], [*SHAPES, None][shape], x, y))
+        names = [*PALETTE, None][colour], [*SHAPES, None][shape]                # number -1, nothing known, gives None
+        seen.append(Seen("large" if box > LARGE else "small", *names, x, y))
     return seen
 
 
@@ -1932,15 +1942,21 @@ def judge_scene(objects, asked):
     return right
 
 
-def score_captions(images, captions):
-    """Pictures uint8 (N, 3, S, S) and captions like draw_scene's, whose size, place and second object are optional
-    -> dict(n=, colour=, shape=, size=, place=, relation=, all=): in how many percent of the captions that mention it
-    it is right, for both objects if there are two. What none mentions is left out. `all`: and nothing else is there."""
+def read_captions(captions):
+    """Captions like draw_scene's, whose size, place and second object are optional -> [match of CAPTION_FORM].
+    UserError if one has another form: pictures cannot be scored by it."""
     asked = [CAPTION_FORM.fullmatch(" ".join(caption.lower().split())) for caption in captions]
     if None in asked:
         raise UserError(f"{captions[asked.index(None)]!r} cannot be scored; this can: {draw_scene(1)[2]!r}, "
                         f"{draw_scene(0)[2]!r}")
-    right = [judge_scene(read_scene(image), match) for image, match in zip(images, asked)]
+    return asked
+
+
+def score_captions(images, captions):
+    """Pictures uint8 (N, 3, S, S) and captions (see read_captions)
+    -> dict(n=, colour=, shape=, size=, place=, relation=, all=): in how many percent of the captions that mention it
+    it is right, for both objects if there are two. What none mentions is left out. `all`: and nothing else is there."""
+    right = [judge_scene(read_scene(image), match) for image, match in zip(images, read_captions(captions))]
     keys = [key for key in ("colour", "shape", "size", "place", "relation", "all") if any(key in r for r in right)]
     return dict(n=len(right), **{key: 100 * float(np.mean([r[key] for r in right if key in r])) for key in keys})
 
@@ -1948,11 +1964,14 @@ def score_captions(images, captions):
 def asked_scenes(n):
     """n captions to ask for and score by, and the kind of each, in turn: one object, two objects, held-out. Their
     numbers are ones that no training has seen."""
-    numbers, captions = itertools.count(SHAPE_COUNT), []
+    captions, number = [], SHAPE_COUNT
     kinds = [("one object", "two objects", "held-out")[i % 3] for i in range(n)]
     for kind in kinds:
-        drawn = (draw_scene(number, kind == "held-out")[2] for number in numbers)
-        captions.append(next(c for c in drawn if kind == "held-out" or (" a " in c) == (kind == "two objects")))
+        objects = ()
+        while len(objects) != (1 if kind == "one object" else 2):
+            _, objects, caption = draw_scene(number, held_out=kind == "held-out")
+            number += 1
+        captions.append(caption)
     return captions, kinds
 
 
@@ -2081,8 +2100,8 @@ def parse(argv):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[args.command].error(f"there is no {' '.join(unknown)}")
-    if empty := [name for name, value in vars(args).items() if value == ""]:
-        raise UserError(f"{empty[0].replace('_', '-')} must not be empty")
+    if empty := [flag for flag, value in vars(args).items() if value == "" and flag != "name"]:
+        raise UserError(f"--{empty[0].replace('_', '-')} must not be empty")
     if getattr(args, "limit", None) is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, not {args.limit}")
     return args

@@ -37,7 +37,6 @@ from unet import UNet
 from uvit import UViT
 
 MODELS = dict(unet=UNet, uvit=UViT, iuvit=IUViT, ascend=ASCEND)
-SCORED = ("shapes", "shapes64", "shapes-text", "shapes64-text")         # sets that data.py can read back
 COMPILER = ("torch._dynamo", "torch._inductor")                         # modules of torch.compile's exceptions
 SHEET = 1024                                                            # pictures; nobody can look at a larger one
 ASKED = ".asked.json"                                                   # in a folder of pictures: see what_decides
@@ -190,12 +189,14 @@ def load(path, weights="ema", device="cpu"):
 
     The network is the plain one, except that a call translates t to its own clock (on_clock): callers always pass the
     t of diffusion.py, even to networks that were trained elsewhere. weights: 'ema' or 'raw'. The config of a
-    text-conditional network also holds `text`: the encoder's name, the features `null` of the empty caption, and the
-    captions and features (`rows`) of the training grid."""
+    text-conditional network also holds `text`: the encoder's name, the features `null` of the empty caption, the
+    captions and features (`rows`) of the training grid, and `limit`, the most tokens that the network reads."""
     config, state = read(path, weights)
     try:
         net = build(config, config["info"])
         load_weights(net, state)
+        if config["cond"] == "text":
+            config["text"]["limit"] = getattr(net, "text_len", data.MAX_TOKENS)
     except (AttributeError, KeyError, TypeError, AssertionError, ValueError, RuntimeError) as e:
         fail(f"{path} does not fit this code: {type(e).__name__} {data.first_line(e)}")
     return net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval(), config
@@ -221,7 +222,7 @@ def draw(net, config, wanted, ids, device, multiple=8):
     return data.to_uint8(x).cpu().numpy()
 
 
-STRONG = 2              # the guidance by text above which pictures saturate without Imagen's dynamic threshold
+STRONG = 2              # guidance by text above which pictures get Imagen's dynamic threshold, or saturate (assumed)
 
 
 def clip_for(scale, config):
@@ -300,7 +301,7 @@ def settle(args, config):
     for name, needed in dict(classes="class", prompt="text", attend="text", encoder="text").items():
         if getattr(args, name) and cond != needed:
             fail(f"this model is of condition {cond}: it takes no --{name}")
-    if args.score and not (config["data"] in SCORED and cond != "none"):
+    if args.score and not (config["data"] in data.SCORED and cond != "none"):
         fail(f"--score reads the pictures of conditional models of shapes; this one is of {config['data']}, "
              f"condition {cond}")
     if args.cfg not in (None, [1]) and (cond == "none" or config["drop"] == 0):
@@ -343,10 +344,10 @@ def classes_of(args, names):
     return torch.tensor([asked[i % len(asked)] for i in range(args.n)])
 
 
-def features_of(prompts, args, text, limit):
+def features_of(prompts, args, text):
     """[float16 (L, d)] of the prompts, by the encoder that the network was trained with, and which of their tokens are
-    the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is freed before drawing. limit: how many
-    tokens the network reads."""
+    the word of --attend, bool (B, L), or None. The encoder, 9.5 GB for T5-XXL, is freed before drawing. text: as `load`
+    returns it."""
     known = dict(zip(text["captions"], text["rows"]))                   # these need no encoder
     familiar = known.keys() >= set(prompts)
     if familiar and not args.attend:
@@ -358,8 +359,8 @@ def features_of(prompts, args, text, limit):
         fail(f"the encoder {name} makes other features of the empty caption than {text['encoder']} did, by which the "
              "network was trained: name where that one lies now with --encoder")
     for prompt, tokens in zip(prompts, encoder.tokens(prompts)):
-        if len(tokens) > limit and data.processes()[0] == 0:
-            print(f"note: a prompt of {len(tokens):,} tokens is cut to {limit}: {prompt[:60]!r}...")
+        if len(tokens) > text["limit"] and data.processes()[0] == 0:
+            print(f"note: a prompt of {len(tokens):,} tokens is cut to {text['limit']}: {prompt[:60]!r}...")
     rows = [known[prompt] for prompt in prompts] if familiar else data.encode(encoder, prompts)
     return rows, mark(args.attend, prompts, encoder) if args.attend else None
 
@@ -373,8 +374,8 @@ class Asked(NamedTuple):
     marks: torch.Tensor = None      # bool (n, L): the tokens that --attend watches
 
 
-def what_to_draw(args, config, limit):
-    """-> Asked. Picture i shows class, or prompt, i mod their number. limit: as in features_of."""
+def what_to_draw(args, config):
+    """-> Asked. Picture i shows class, or prompt, i mod their number."""
     if config["cond"] == "none":
         return Asked()
     if config["cond"] == "class":
@@ -385,11 +386,11 @@ def what_to_draw(args, config, limit):
     prompts, kinds = args.prompt or config["text"]["captions"], ["as asked"] * args.n
     if args.score and not args.prompt:
         prompts, kinds = data.asked_scenes(args.n)                      # no training has seen their pictures
-    rows, marked = features_of(prompts, args, config["text"], limit)
+    rows, marked = features_of(prompts, args, config["text"])
     which = [i % len(prompts) for i in range(args.n)]
     labels = [prompts[i] for i in which]
     if args.score:
-        data.score_captions([], labels)                                 # can they be scored?
+        data.read_captions(labels)                                      # refuses what cannot be scored
     marks = marked[which] if args.attend else None
     return Asked([rows[i] for i in which], np.array(labels), labels, kinds, marks)
 
@@ -693,7 +694,7 @@ def main():
     model = compile_network(net, graphs=True) if args.compile else net
 
     size = config["info"]["size"]
-    asked = what_to_draw(args, config, getattr(net, "text_len", data.MAX_TOKENS))
+    asked = what_to_draw(args, config)
 
     # where it goes
     out, folder = args.out, args.out.suffix != ".png"

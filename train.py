@@ -27,7 +27,6 @@ import shlex
 import signal
 import sys
 import textwrap
-import time
 import weakref
 from pathlib import Path
 from time import perf_counter as now    # seconds since some moment, on a clock that is never set
@@ -141,8 +140,13 @@ SMALL64 = dict(LAPTOP, data="emoji64", cond="text", cfg=2.0, time_shift=2.0, tim
 # text_dim is the width of `words`; a run takes that of its own encoder.
 PYRAMID = dict(dim=16, dim_mults=[1, 1, 2, 4], num_blocks=1, attn_sizes=[8, 4], head_dim=16, dropout=0.0)
 PYRAMID64 = dict(PYRAMID, dim_mults=[1, 2, 4, 8, 8], attn_sizes=[16, 8], text_dim=256)
-VIT = dict(patch_size=4, dim=96, depth=7, heads=3)
-VIT64 = dict(patch_size=4, dim=256, depth=9, heads=4, text_dim=256)
+
+
+def vit(patch_size, dim, depth, heads, **more):
+    return dict(patch_size=patch_size, dim=dim, depth=depth, heads=heads, **more)
+
+
+VIT, VIT64 = vit(4, 96, 7, 3), vit(4, 256, 9, 4, text_dim=256)
 PRESETS = {
     "unet-shapes":    dict(LAPTOP, model="unet", net=dict(PYRAMID, resample="conv")),
     "uvit-shapes":    dict(LAPTOP, model="uvit", net=VIT, steps=12_000, sample_every=3000),
@@ -173,10 +177,6 @@ FINE_TUNE = dict(data="shapes", steps=20_000, batch=32, lr=1e-4, warmup=500, ema
                  save_every=500)
 
 
-def vit(patch_size, dim, depth, heads, **more):
-    return dict(patch_size=patch_size, dim=dim, depth=depth, heads=heads, **more)
-
-
 # The paper's runs, and those it compares with. Where the paper is silent, IU-ViT and ASCEND are assumed to be trained
 # like U-ViT (except that all rows clip gradients at a norm of 1, like DDPM). Parameters are counted for text of the
 # width in the paper's table, 1024; T5-XXL is --net '{"text_dim": 4096}'.
@@ -186,7 +186,7 @@ PAPER = dict(unet=dict(sampler="em", sample_steps=1000, sample_every=25_000),
 CIFAR10 = dict(beta2=0.999, warmup=2500)                                                # U-ViT's on CIFAR-10
 WORKERS = dict(workers=8)                                                               # to decode pictures in parallel
 CLASS = dict(cond="class", drop=0.0, sampler="dpm", sample_steps=50)                    # U-ViT's: without guidance
-TEXT = dict(WORKERS, cond="text", sampler="ddim", cfg=3.0, clip="dynamic")              # the paper's DDIM; else assumed
+TEXT = dict(WORKERS, cond="text", sampler="ddim", cfg=3.0)                              # the paper's DDIM; else assumed
 ADM_LSUN, ADM_IMAGENET64 = dict(WORKERS, warmup=0), dict(CLASS, warmup=0, schedule="cosine")
 DDIM64 = dict(dim=128, dim_mults=[1, 2, 2, 2, 4], num_blocks=2, attn_sizes=[16], resample="conv")
 DDPM256 = dict(DDIM64, dim_mults=[1, 1, 2, 2, 4, 4], dropout=0.0)
@@ -237,8 +237,9 @@ PAPER_RUNS = [
     ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),  # 590M, dim_mults: paper's
 ]
 
-PRESETS |= {name: dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
-            for name, steps, batch, lr, net, other in PAPER_RUNS for model, dataset in [name.split("-")[:2]]}
+for name, steps, batch, lr, net, other in PAPER_RUNS:
+    model, dataset = name.split("-")[:2]
+    PRESETS[name] = dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
 
 
 # ---- the command line ---------------------------------------------------------------------------------
@@ -265,8 +266,9 @@ def nearest_preset(asked):
 
 def stem(path):
     """A name for weights: that of their file or, for a checkpoint, of its run."""
-    own = re.fullmatch(r"ckpt(?:_(\d+))?\.pt", Path(path).name)
-    return "-".join(filter(None, [Path(path).absolute().parent.name, own[1]])) if own else Path(path).stem
+    path = Path(path).absolute()                        # ckpt.pt, or ckpt_0050000.pt
+    own = re.fullmatch(r"ckpt(_\d+)?\.pt", path.name)
+    return path.parent.name + (own[1] or "").replace("_", "-") if own else path.stem
 
 
 def recorded(out):
@@ -362,7 +364,7 @@ def resolve(asked, fresh):
         config.net.setdefault("text_dim", 1024)         # as in the paper's table; a run takes its features' width
         if not data.BUILT_IN.get(data.text_set(config.data), {}).get("captions", True):
             fail(f"{config.data} has no captions: use --cond {plain}")
-        if config.cfg > sample.STRONG and "clip" not in row and "clip" not in asked:
+        if config.cfg > sample.STRONG and "clip" not in asked:
             config.clip = "dynamic"
     elif config.encoder:
         fail("--encoder is for --cond text")
@@ -400,12 +402,12 @@ def check(config):
 # ---- pieces of a run -----------------------------------------------------------------------------------
 # in the order in which main() calls them; what another piece needs comes before it
 
-def choose_encoder(config, source, fresh):
+def choose_encoder(config, set_name, fresh):
     """Choose the encoder whose features are read: --encoder, or else the one that the run began with, even if there are
     others by now. Its width becomes the network's text_dim."""
     old = {} if fresh else recorded(config.out)
     own = str(old.get("encoder", "")) if old.get("data") == config.data else ""
-    config.encoder, width = data.find_encoder(source, config.data_dir, config.encoder or own)
+    config.encoder, width = data.find_encoder(set_name, config.data_dir, config.encoder or own)
     preset = PRESETS.get(config.preset, {}).get("net", {}).get("text_dim", 1024)
     if config.net["text_dim"] not in (width, preset):
         fail(f"--net has a text_dim of {config.net['text_dim']}, and the features by {config.encoder} are {width} "
@@ -437,8 +439,9 @@ def measure(config, info, tokens=data.MAX_TOKENS):
             net, x, t = sample.build(vars(config), info), torch.zeros(1, 3, info["size"], info["size"]), torch.zeros(1)
             assert all(p.numel() for p in net.parameters()), "it has a layer of no width"
             text = torch.zeros(1, tokens, config.net.get("text_dim", 1)), torch.ones(1, tokens, dtype=torch.bool)
+            cond = {"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}
             with FlopCounterMode(display=False) as counter:
-                net(x, t, *{"none": (), "class": (torch.zeros(1, dtype=torch.int64),), "text": text}[config.cond])
+                net(x, t, *cond[config.cond])
     except (AssertionError, ArithmeticError, TypeError, ValueError, RuntimeError) as e:
         fail(f"{config.model} with --net {json.dumps(config.net)} on {config.data}, {info['size']} pixels: "
              f"{data.first_line(e)}")
@@ -529,13 +532,13 @@ def start_from(net, config, info):
         print(f"starting from {config.init_from}{anew}")
 
 
-def make_data(config, source):
+def make_data(config, set_name):
     """On first use, make a built-in set (which may be a long download), and features of its captions by words."""
-    if source in data.BUILT_IN:
-        data.prepare(source, config.data_dir)
-    words = Path(data.set_folder(source, config.data_dir), "text/words/meta.json")
+    if set_name in data.BUILT_IN:
+        data.prepare(set_name, config.data_dir)
+    words = Path(data.set_folder(set_name, config.data_dir), "text/words/meta.json")
     if config.encoder == "words" and not words.exists():            # find_encoder refuses any other that is absent
-        data.encode_set(data.open_set(source, config.data_dir), data.Words())
+        data.encode_set(data.open_set(set_name, config.data_dir), data.Words())
 
 
 def grid_text(pictures, features, n):
@@ -632,8 +635,9 @@ def checkpoint_blocks(net):
     """Gradient checkpointing: blocks keep only their input and compute the rest again in the backward pass. This takes
     a fraction of the memory and up to a third more time. (The middle, a single block, stays as it is.)"""
     for blocks in net.children():
-        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else []:
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        if isinstance(blocks, torch.nn.ModuleList):
+            for block in blocks:
+                block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]    # Windows: two
@@ -649,13 +653,14 @@ def listen_for_stops(worker=None):
     stops = []                                          # when they came
 
     def remember(sig, _):
-        if stops and time.monotonic() - stops[0] > 3:   # until then it is the same stop: a scheduler signals all
-            signal.signal(sig, signal.SIG_DFL)          # processes of a job, and torchrun signals its own again
+        # within 3 seconds it is the same stop: a scheduler signals all processes of a job, and torchrun its own again
+        if stops and now() - stops[0] > 3:
+            signal.signal(sig, signal.SIG_DFL)
             signal.raise_signal(sig)
         if not stops and worker is None and data.processes()[0] == 0:
             with contextlib.suppress(OSError):          # not print: the signal may come while something is printed
                 os.write(2, b"\nstopping once this step, sheet or compiling is done; a later signal stops at once\n")
-        stops.append(time.monotonic())
+        stops.append(now())
 
     for sig in STOPS:
         if sig.name != "SIGHUP" or signal.getsignal(sig) != signal.SIG_IGN:     # nohup has it ignored
@@ -744,7 +749,8 @@ def draw_grid(net, record, path, at_once, device):
     grids so far. Each process draws its share, as many pictures at a time as it trains on."""
     rank, world = data.processes()
     drawn, mine = {}, range(rank, record["samples"], world)
-    for ids in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):
+    for first in range(0, len(mine), at_once):
+        ids = mine[first:first + at_once]
         classes = torch.tensor(ids) % max(1, len(record["info"]["classes"]))
         asked = [record["text"]["rows"][i] for i in ids] if record["text"] else classes
         drawn.update(zip(ids, sample.draw(net, record, asked, ids, device)))
@@ -781,10 +787,10 @@ BAD_STEPS = 100         # a run stops after this many non-finite gradients in a 
 
 def main():
     config, fresh, dry_run = parse(sys.argv[1:])
-    source = data.text_set(config.data) if config.cond == "text" else config.data
-    info = data.describe(source, config.data_dir)
+    set_name = data.text_set(config.data) if config.cond == "text" else config.data
+    info = data.describe(set_name, config.data_dir)
     if config.cond == "text" and not dry_run:
-        choose_encoder(config, source, fresh)
+        choose_encoder(config, set_name, fresh)
     n_params, flops = measure(config, info)
 
     rank, world = data.processes()                                  # one by default, or as many as torchrun started
@@ -820,13 +826,13 @@ def main():
 
     # data, and the run's folder: rank 0 makes what is missing, and the others wait
     if rank == 0:
-        make_data(config, source)
+        make_data(config, set_name)
         lock = claim(out)                                           # held to the end of this function
         if store:
             store.set("ready", "yes")
     else:
         store.wait(["ready"], datetime.timedelta(hours=12))
-    pictures, features, text = data.open_set(source, config.data_dir), None, None
+    pictures, features, text = data.open_set(set_name, config.data_dir), None, None
     info["fingerprint"] = pictures.fingerprint                      # a set made anew is not the one a run began with
     info["flip"] = info["flip"] if config.flip is None else config.flip
     if config.cond == "text":
@@ -975,8 +981,8 @@ def main():
         print(f"{out} is {'finished' if last else 'stopped'} at step {step}, {log.seconds() / 60:.1f} minutes "
               f"in all: look at {out / 'samples'}; {hint}")
     if world > 1:
-        del model                                                   # first: if DDP were the last to free the group, it
-        dist.destroy_process_group()                                # would hold Python's lock, and might wait for ever
+        del model               # if DDP were the last to free the group, it would hold Python's lock, and might hang
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

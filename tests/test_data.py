@@ -812,7 +812,8 @@ def test_a_place_that_may_not_be_written_to_is_one_line_that_says_what_helps(tmp
     ("prepare shapes --data-dir a_file", "cannot prepare shapes"),
     ("export shapes", "arguments are required: --out"),
     ("export shapes --out pngs --limit -1", "--limit must be at least 1, not -1"),
-    ("prepare shapes --data-dir ''", "data-dir must not be empty"),
+    ("prepare shapes --data-dir ''", "error: --data-dir must not be empty"),
+    ("prepare ''", "'' cannot name a data set"),
 ])
 def test_a_mistake_is_answered_with_one_line_and_exit_code_2(line, says, terminal, monkeypatch):
     monkeypatch.setattr(data, "SHAPE_COUNT", 8)
@@ -821,6 +822,12 @@ def test_a_mistake_is_answered_with_one_line_and_exit_code_2(line, says, termina
     code, _, complaint = terminal(*shlex.split(line))
     assert code == 2 and says in complaint, f"exit code {code}: {complaint}"
     assert complaint.startswith("error: ") and complaint.count("\n") == 1, complaint
+
+
+def test_a_folder_whose_name_holds_two_spaces_is_named_as_it_is(terminal):
+    Path("my  set").touch()
+    _, _, complaint = terminal("prepare", "shapes", "--data-dir", "my  set")
+    assert "my  set" in complaint, complaint
 
 
 def test_a_mistake_in_a_real_terminal_shows_no_traceback(tmp_path):

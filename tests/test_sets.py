@@ -998,7 +998,7 @@ def test_a_file_that_cannot_be_read_just_now_is_not_called_damaged(captioned, mo
 
 
 @pytest.mark.parametrize("file, content, says", [
-    ("meta.json", b"[]", "name, size, n, classes, flip missing"), ("meta.json", b'{"name": "edm"}', "size, n, .* missing"),
+    ("meta.json", b"[]", "name, size, n, classes, flip, captions missing"), ("meta.json", b'{"name": "edm"}', "size, n, .* missing"),
     ("labels.npy", np.zeros(4), "labels are not int64"), ("labels.npy", np.full(4, 3), "classes below 3"),
     ("images.npy", np.zeros((4, 3, 64, 64)), "images are float64"),
     ("images.npy", np.zeros((4, 64, 64, 3), np.uint8), r"images are uint8 \(4, 64, 64, 3\)")])

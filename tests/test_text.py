@@ -160,7 +160,8 @@ def captions(tmp_path):
         folder.mkdir(parents=True)
         np.save(folder / "images.npy", np.zeros((len(texts), 3, 8, 8), np.uint8))
         (folder / "captions.jsonl").write_text("".join(json.dumps(lines) + "\n" for lines in texts))
-        (folder / "meta.json").write_text(json.dumps(dict(name="mine", size=8, n=len(texts), classes=[], flip=False)))
+        (folder / "meta.json").write_text(json.dumps(dict(name="mine", size=8, n=len(texts), classes=[], flip=False,
+                                                          captions=True)))
         return data.open_set("mine", str(tmp_path / "sets"))
 
     return make

@@ -796,7 +796,8 @@ def config(*argv):
 def test_a_preset_overrides_the_defaults_and_the_command_line_both(name):
     row = train.PRESETS[name]
     defaults = dict(dataclasses.asdict(train.Config()), preset=name, out=f"runs/{name}")
-    assert dataclasses.asdict(config("--preset", name)) == {**defaults, **row}
+    clip = "dynamic" if row.get("cond") == "text" and row["cfg"] > 2 else "static"
+    assert dataclasses.asdict(config("--preset", name)) == {**defaults, "clip": clip, **row}
     assert config("--preset", name, "--lr", 7, "--batch", 24).lr == 7
 
 
@@ -818,7 +819,8 @@ def test_a_published_run_is_trained_as_its_authors_did(name):
 
 @pytest.mark.parametrize("argv, clip", [
     ("--cond text --cfg 3", "dynamic"), ("--cond text --cfg 2", "static"), ("--cond class --cfg 3", "static"),
-    ("--cond text --cfg 3 --clip static", "static"), ("--preset unet-cc12m64 --clip none", "none")])
+    ("--cond text --cfg 3 --clip static", "static"), ("--preset unet-cc12m64 --clip none", "none"),
+    ("--preset unet-cc12m64 --cfg 1.5", "static"), ("--preset unet-cc12m64 --cond none", "static")])
 def test_strong_guidance_by_text_is_kept_in_range_dynamically_unless_told_otherwise(argv, clip):
     assert config(*argv.split()).clip == clip
 

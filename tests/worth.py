@@ -78,7 +78,7 @@ def scenes(n, objects):
 def questions(config, n):
     """[(what is shown, pictures uint8 (N, 3, S, S), the right condition, {what is wrong: condition})]"""
     size = config["info"]["size"]
-    if config["data"] not in sample.SCORED or config["cond"] == "none":
+    if config["data"] not in data.SCORED or config["cond"] == "none":
         sample.fail("this reads networks with a condition that were trained on shapes or shapes64")
     if config["cond"] == "class":
         pictures, labels = data.draw_shapes(np.arange(data.SHAPE_COUNT, data.SHAPE_COUNT + n), size)
