@@ -99,7 +99,7 @@ class LayerNorm(nn.LayerNorm):
     """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
     weights in bfloat16, where long sums stop growing: of a sum of 16,384 terms over half was lost."""
 
-    def forward(self, x):
+    def forward(self, x):                                               # (.., D)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         x = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
         return x.to(self.weight.dtype)
@@ -305,7 +305,7 @@ class Upsample(nn.Module):
         self.out_channels = channels
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x):                                               # (B, C, H, W) -> (B, C, 2 H, 2 W)
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 

@@ -68,7 +68,7 @@ class LayerNorm(nn.LayerNorm):
     """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
     weights in bfloat16, where long sums stop growing: of a sum of 16,384 terms over half was lost."""
 
-    def forward(self, x):
+    def forward(self, x):                                               # (.., D)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         x = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
         return x.to(self.weight.dtype)
@@ -204,9 +204,9 @@ class IUViT(nn.Module):
                  heads=8,
                  head="rearrange",          # 'rearrange' first, or U-ViT's 'linear' first
                  ffn="dwconv",              # 'dwconv', or U-ViT's 'mlp'
+                 text_attn="separate",      # 'separate' self- and cross-attention, or 'concat': GLIDE's joint attention
                  num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
-                 text_dim=0,                # > 0: conditional on text, given as features of this width
-                 text_attn="separate"):     # 'separate' self- and cross-attention, or 'concat': GLIDE's joint attention
+                 text_dim=0):               # > 0: conditional on text, given as features of this width
         super().__init__()
         assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
         assert depth % 2 == 1 and depth > 0, f"depth {depth} counts the middle block, so it is odd"

@@ -225,11 +225,15 @@ def draw(net, config, wanted, ids, device, multiple=8):
 STRONG = 2              # guidance by text above which pictures get Imagen's dynamic threshold, or saturate (assumed)
 
 
+def usual_clip(cond, scale):
+    """How pictures are kept in range at this guidance, unless --clip says."""
+    return "dynamic" if cond == "text" and scale > STRONG else "static"
+
+
 def clip_for(scale, config):
-    """How to keep pictures in range at this guidance, unless --clip says: in the run's own way, except that guidance by
-    text above STRONG that is not the run's own gets the dynamic threshold."""
-    stronger = config["cond"] == "text" and scale > STRONG and scale != config["cfg"]
-    return "dynamic" if stronger and config["clip"] == "static" else config["clip"]
+    """The run's own clip, except that guidance by text of another scale than the run's has the usual (none stays)."""
+    other = config["cond"] == "text" and scale != config["cfg"] and config["clip"] != "none"
+    return usual_clip("text", scale) if other else config["clip"]
 
 
 # ---- what is asked for ----------------------------------------------------------------------------------------
@@ -254,7 +258,7 @@ def parse(argv):
     p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
                    "default: the run's own")
     p.add_argument("--clip", choices=CHOICES["clip"], help="how pictures are kept in range; default: the run's own "
-                   "(for text, with guidance above 2 that is not the run's own, dynamic in place of static)")
+                   "(for text at another guidance than the run's: dynamic above 2, static below)")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
                    "one a line; default: the captions of the training's grid")

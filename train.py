@@ -354,8 +354,9 @@ def resolve(asked, fresh):
             row = {**row, "data": asked["data"], **inherited(asked, fresh)}
         except (KeyError, TypeError) as e:
             fail(f"{asked['init_from']} does not fit this code: {e!r}")
-    net = {**(row["net"] if asked.get("model", row["model"]) == row["model"] else {}), **asked.get("net", {})}
-    config = Config(**{**row, **asked, "preset": name, "net": net})
+    if asked.get("model", row["model"]) != row["model"]:
+        fail(f"the preset {name} is of {row['model']}: leave out --model {asked['model']}, or --preset")
+    config = Config(**{**row, **asked, "preset": name, "net": {**row["net"], **asked.get("net", {})}})
     classes = data.describe(config.data, config.data_dir)["classes"]
     plain = "class" if classes else "none"
     if "cond" not in asked and config.data != row["data"]:
@@ -364,8 +365,6 @@ def resolve(asked, fresh):
         config.net.setdefault("text_dim", 1024)         # as in the paper's table; a run takes its features' width
         if not data.BUILT_IN.get(data.text_set(config.data), {}).get("captions", True):
             fail(f"{config.data} has no captions: use --cond {plain}")
-        if config.cfg > sample.STRONG and "clip" not in asked:
-            config.clip = "dynamic"
     elif config.encoder:
         fail("--encoder is for --cond text")
     else:
@@ -374,8 +373,10 @@ def resolve(asked, fresh):
         fail(f"{config.data} has no classes: use --cond none")
     if config.drop == 0 and config.cond != "none" and config.cfg != 1:
         fail("--drop 0 never trains the null condition, without which there is no guidance: add --cfg 1")
+    if "clip" not in {**row, **asked}:
+        config.clip = sample.usual_clip(config.cond, config.cfg)
     # a run with another condition than the usual one has a folder of its own
-    own = config.data == row["data"] and config.model == row["model"]
+    own = config.data == row["data"]
     base, usual = (name, row.get("cond", "none")) if own else (f"{config.model}-{config.data}", plain)
     config.out = config.out or f"runs/{base}" + ("" if config.cond == usual else f"-{config.cond}")
     if Path(config.out).name in ("", ".."):
@@ -794,16 +795,16 @@ def main():
     n_params, flops = measure(config, info)
 
     rank, world = data.processes()                                  # one by default, or as many as torchrun started
+    unit = world * config.accum
+    if config.batch % unit:
+        fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
+             f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
     if dry_run:
         if rank == 0:
             print(json.dumps(dict(vars(config), params=n_params, gflops=round(flops / 1e9, 3))))
         return
 
-    # processes, device, precision
-    unit = world * config.accum
-    if config.batch % unit:
-        fail(f"--batch {config.batch} does not divide among {world} processes x {config.accum} micro-batches; "
-             f"nearest that does: {max(1, round(config.batch / unit)) * unit}")
+    # device and precision
     device = sample.pick_device(config.device)
     compiled = device.type == "cuda" if config.compile is None else config.compile
     if compiled:

@@ -52,7 +52,7 @@ class LayerNorm(nn.LayerNorm):
     """Computed in float32 at least, also under autocast. CUDA does so by itself; a CPU would sum the gradients of its
     weights in bfloat16, where long sums stop growing: of a sum of 16,384 terms over half was lost."""
 
-    def forward(self, x):
+    def forward(self, x):                                               # (.., D)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         x = F.layer_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
         return x.to(self.weight.dtype)
@@ -116,9 +116,9 @@ class UViT(nn.Module):
                  dim=512,                   # width of a token
                  depth=13,                  # blocks, including the middle one: 6 + 1 + 6
                  heads=8,
+                 text_len=77,               # positions for text in the sequence, as published; longer texts are cut
                  num_classes=0,             # > 0: conditional on a class; index num_classes is the null class
-                 text_dim=0,                # > 0: conditional on text, given as features of this width
-                 text_len=77):              # positions for text in the sequence, as published; longer texts are cut
+                 text_dim=0):               # > 0: conditional on text, given as features of this width
         super().__init__()
         assert img_size % patch_size == 0, f"img_size {img_size} does not divide into patches of {patch_size}"
         assert depth % 2 == 1 and depth > 0, f"depth {depth} counts the middle block, so it is odd"

@@ -494,6 +494,14 @@ def test_a_run_s_own_limit_holds_at_its_own_guidance(trained, drawn):
     assert (stronger == dynamic).all()
 
 
+@pytest.mark.parametrize("own, scale, clip", [
+    (dict(cfg=3, clip="dynamic"), 1, "static"), (dict(cfg=3, clip="dynamic"), 3, "dynamic"),
+    (dict(cfg=1, clip="static"), 3, "dynamic"), (dict(cfg=1, clip="dynamic"), 1, "dynamic"),
+    (dict(cfg=1, clip="none"), 9, "none"), (dict(cfg=1, clip="static", cond="class"), 9, "static")])
+def test_guidance_of_another_scale_is_kept_in_range_as_usual(own, scale, clip):
+    assert sample.clip_for(scale, dict(dict(cond="text"), **own)) == clip
+
+
 def test_several_scales_are_rows_of_one_sheet(drawn, monkeypatch):
     texts, with_caption = [], data.with_caption
     monkeypatch.setattr(data, "with_caption", lambda picture, text, lines: (

@@ -770,6 +770,9 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(trained, monke
         monkeypatch.setenv(name, value)
     with pytest.raises(data.UserError, match="--batch 8 does not divide among 2 processes x 3.*: 6"):
         trained("--batch", 8, "--accum", 3)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(data.UserError, match="--batch 8 does not divide among 1 processes x 3.*: 9"):
+        trained("--batch", 8, "--accum", 3, "--dry-run")
     assert not Path("run").exists()
 
 
@@ -1017,6 +1020,7 @@ def test_no_field_of_the_config_is_without_a_test_of_its_flag():
 @pytest.mark.parametrize("argv, says", [
     # names
     ("--stepz 5", "--stepz 5"), ("--step 5", "--step 5"), ("uvit", "uvit"), ("--steps", "expected one argument"),
+    ("--preset unet-shapes --model uvit", "the preset unet-shapes is of unet: leave out --model uvit"),
     ("--preset none", "unet-shapes, uvit-shapes"), ("--model vit", "unet, uvit, iuvit, ascend"),
     ("--data nowhere", "shapes, shapes64, emoji64"), ("--data ../shapes", "cannot name a data set"),
     ("--cond caption", "none, class"), ("--data emoji64 --cond class", "--cond none"),
