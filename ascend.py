@@ -413,8 +413,8 @@ class ASCEND(nn.Module):
         self.dim, self.img_size = dim, img_size
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, E), LayerNorm(E)) if text_dim else None     # norm assumed
-        # its last layer also reads a vector of the text (assumed, as in iuvit.py)
-        self.time_embed = nn.Sequential(nn.Linear(dim, E), nn.SiLU(), nn.Linear(2 * E if text_dim else E, E))
+        # reads time alone, or time and a vector of the text (assumed, as in iuvit.py)
+        self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder
         size, C = img_size, dim
@@ -457,15 +457,14 @@ class ASCEND(nn.Module):
             "y is given if and only if the model has a condition"
         assert x.shape[2:] == (self.img_size,) * 2, \
             f"pictures have {tuple(x.shape[2:])} pixels, and img_size is {self.img_size}"
-        time = timestep_embedding(t, self.dim).to(self.head.weight.dtype)   # (B, dim)
-        first, act, last = self.time_embed
-        emb, text = act(first(time)), ()                                # (B, E)
+        time = timestep_embedding(t, self.dim).to(x.dtype)              # (B, dim)
+        text = ()
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                             # (B, L, E), (B, L)
             vector = F.layer_norm(masked_mean(*text), (4 * self.dim,))  # (B, E)
-            emb = torch.cat([emb, vector], dim=1)                       # (B, 2 E)
-        emb = last(emb)                                                 # (B, E)
+            time = torch.cat([time, vector], dim=1)                     # (B, dim + E)
+        emb = self.time_embed(time)                                     # (B, E)
         if self.class_embed is not None:
             emb = emb + self.class_embed(y)                             # (B, E)
 

@@ -7,9 +7,8 @@
     3  text has its own cross-attention,            text_attn="concat" is GLIDE's joint attention, which the
        instead of being in the sequence             paper compares with
     4  time passes through an MLP (assumed: the paper does not say so, but with it there are the paper's 442M parameters
-       at 128 pixels, and without it 438M). With text, the paper concatenates a vector of the text with the time
-       embedding; here the MLP's last layer reads both, and the vector is the normalised mean of the normalised tokens
-       (layer and vector are assumed)
+       at 128 pixels, and without it 438M). With text, it reads a vector of the text as well, concatenated with the
+       time embedding; that this vector is the normalised mean of the normalised tokens is assumed
 
 A text may have any length. Its tokens have no learnt position embedding, but a norm after the text embedding (assumed).
 
@@ -224,8 +223,8 @@ class IUViT(nn.Module):
         self.patch_embed = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, dim), LayerNorm(dim)) if text_dim else None
-        # its last layer also reads a vector of the text
-        self.time_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(2 * dim if text_dim else dim, dim))
+        # reads time alone, or time and a vector of the text
+        self.time_embed = nn.Sequential(nn.Linear(2 * dim if text_dim else dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + self.grid**2, dim))
 
         # blocks
@@ -271,14 +270,13 @@ class IUViT(nn.Module):
         assert x.shape[2:] == (size, size), f"pictures have {tuple(x.shape[2:])} pixels, and img_size is {size}"
         x = rearrange(self.patch_embed(x), "B D h w -> B (h w) D")          # (B, h*w, D)
         time = timestep_embedding(t, self.dim).to(self.pos_embed.dtype)     # (B, D)
-        first, act, last = self.time_embed
-        time, text = act(first(time)), ()                                   # (B, D)
+        text = ()
         if self.text_embed is not None:
             mask = y.new_ones(y.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
             text = self.text_embed(y), mask                                 # (B, L, D), (B, L)
             vector = F.layer_norm(masked_mean(*text), (self.dim,))          # (B, D)
             time = torch.cat([time, vector], dim=1)                         # (B, 2 D)
-        time = last(time)                                                   # (B, D)
+        time = self.time_embed(time)                                        # (B, D)
         tokens = [] if self.class_embed is None else [self.class_embed(y)[:, None]]             # (B, 1, D)
         tokens.append(time[:, None])                                        # (B, 1, D)
         x = torch.cat([*tokens, x], dim=1) + self.pos_embed                 # (B, N, D)
