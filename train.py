@@ -253,14 +253,17 @@ def json_object(text):
 
 
 def nearest_preset(asked):
-    """The first row with the model, data and cond asked for. A set without a row takes one of the nearest size."""
+    """The first row with the model, data and cond asked for. A set without a row takes one of the nearest size: one of
+    the paper's runs if it is a published set, and else, where there is one, one for laptops."""
     model, name = asked.get("model", "unet"), asked.get("data", "shapes")
     rows = {p: row for p, row in PRESETS.items() if row["model"] == model}
     fits = [p for p, row in rows.items() if row["data"] == name]
     if fits:
         return next((p for p in fits if rows[p].get("cond", Config.cond) == asked.get("cond")), fits[0])
     size = data.describe(name, asked.get("data_dir", Config.data_dir))["size"]
+    small = name not in data.BUILT_IN or name in data.NO_SOURCE
     return min(rows, key=lambda p: (abs(math.log(data.BUILT_IN[rows[p]["data"]]["size"] / size)),
+                                    (rows[p]["data"] in data.NO_SOURCE) != small,
                                     rows[p].get("cond") != "text" and asked.get("cond") == "text"))
 
 

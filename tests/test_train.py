@@ -846,7 +846,9 @@ def test_net_takes_values_of_the_kind_of_the_defaults(trained, net, says):
 @pytest.mark.parametrize("argv, preset", [
     ("--cond text", "unet-shapes-text"), ("--data shapes --cond class", "unet-shapes"),
     ("", "unet-shapes"), ("--model uvit", "uvit-shapes"), ("--model ascend --data cifar10", "ascend-cifar10"),
-    ("--data emoji64 --model iuvit", "iuvit-emoji64"), ("--data shapes64", "unet-emoji64")])
+    ("--data emoji64 --model iuvit", "iuvit-emoji64"), ("--data shapes64", "unet-emoji64"),
+    ("--data imagenet64 --model iuvit", "iuvit-celeba64"), ("--data cub64 --model iuvit --cond text", "iuvit-cc12m64"),
+    ("--data cc12m64 --model ascend --cond text", "ascend-celeba64")])
 def test_without_preset_the_first_that_fits_or_that_of_the_nearest_size_is_taken(argv, preset):
     assert config(*argv.split()).preset == preset
 
