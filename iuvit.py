@@ -8,7 +8,7 @@
        instead of being in the sequence             paper compares with
     4  time passes through an MLP (assumed: the paper does not say so, but with it there are the paper's 442M parameters
        at 128 pixels, and without it 438M). With text, it reads a vector of the text as well, concatenated with the
-       time embedding; that this vector is the normalised mean of the normalised tokens is assumed
+       time embedding (paper); that this vector is the normalised mean of the normalised tokens is assumed
 
 A text may have any length. Its tokens have no learnt position embedding, but a norm after the text embedding (assumed).
 
