@@ -413,7 +413,7 @@ class ASCEND(nn.Module):
         self.dim, self.img_size = dim, img_size
         self.class_embed = nn.Embedding(num_classes + 1, E) if num_classes else None
         self.text_embed = nn.Sequential(nn.Linear(text_dim, E), LayerNorm(E)) if text_dim else None     # norm assumed
-        # reads time alone, or time and a vector of the text (assumed, as in iuvit.py)
+        # reads time alone, or time and a vector of the text, as in iuvit.py (assumed here)
         self.time_embed = nn.Sequential(nn.Linear(dim + E if text_dim else dim, E), nn.SiLU(), nn.Linear(E, E))
 
         # encoder

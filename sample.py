@@ -232,8 +232,8 @@ def usual_clip(cond, scale):
 
 def clip_for(scale, config):
     """The run's own clip, except that guidance by text of another scale than the run's has the usual (none stays)."""
-    other = config["cond"] == "text" and scale != config["cfg"] and config["clip"] != "none"
-    return usual_clip("text", scale) if other else config["clip"]
+    usual = config["cond"] == "text" and scale != config["cfg"] and config["clip"] != "none"
+    return usual_clip("text", scale) if usual else config["clip"]
 
 
 # ---- what is asked for ----------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def parse(argv):
     p.add_argument("--cfg", help="classifier-free guidance scale, 1 is none; several, like 1,2,4, are rows of a sheet; "
                    "default: the run's own")
     p.add_argument("--clip", choices=CHOICES["clip"], help="how pictures are kept in range; default: the run's own "
-                   "(for text at another guidance than the run's: dynamic above 2, static below)")
+                   "(for text at another guidance than the run's: dynamic above 2, else static; none stays)")
     p.add_argument("--classes", help="numbers, like 3,5; default: image i gets class i mod the number of classes")
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help="image i shows prompt i mod their number; @FILE has "
                    "one a line; default: the captions of the training's grid")

@@ -237,9 +237,13 @@ PAPER_RUNS = [
     ("ascend-laion128",       150_000,  256, 1.2e-4, ASCEND_590M,                     TEXT),  # 590M, dim_mults: paper's
 ]
 
-for name, steps, batch, lr, net, other in PAPER_RUNS:
+
+def paper_run(name, steps, batch, lr, net, other):
     model, dataset = name.split("-")[:2]
-    PRESETS[name] = dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
+    return dict(PAPER[model], model=model, data=dataset, steps=steps, batch=batch, lr=lr, net=net, **other)
+
+
+PRESETS |= {row[0]: paper_run(*row) for row in PAPER_RUNS}
 
 
 # ---- the command line ---------------------------------------------------------------------------------
