@@ -322,10 +322,12 @@ def test_one_corner_of_a_picture_is_seen_at_the_other(model, condition):
 
 
 @pytest.mark.parametrize("model", ["unet", "iuvit", "ascend"])
-def test_the_mlp_for_time_reads_the_mean_of_the_text_as_well(model):
-    net, (x, t, y, mask), read = awake(model, **TEXT), inputs(**TEXT), []
-    net.time_embed.register_forward_hook(lambda mlp, args, out: read.append(*args))
+def test_time_passes_through_all_of_its_mlp_which_reads_the_mean_of_the_text_as_well(model):
+    net, (x, t, y, mask), called, read = awake(model, **TEXT), inputs(**TEXT), [], []
+    for part in net.time_embed:
+        part.register_forward_hook(lambda part, args, out: called.append(type(part)) or read.append(args[0]))
     net(x, t, y, mask)
+    assert called == [nn.Linear, nn.SiLU, nn.Linear]
     mean = torch.stack([net.text_embed(tokens[real]).mean(dim=0) for tokens, real in zip(y, mask)])
     both = torch.cat([timestep_embedding(t, net.dim), F.layer_norm(mean, mean.shape[1:])], dim=1)
     torch.testing.assert_close(read[0], both, atol=1e-4, rtol=1e-4)
